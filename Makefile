@@ -1,0 +1,28 @@
+# make train   set up .venv, then run the quickstart; pass overrides with ARGS="env.name=walker env.task=walk"
+# make test    set up .venv, then run the whole test suite; pass pytest options with ARGS="-m 'not slow'"
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXPERIMENT ?= quickstart
+
+.PHONY: setup train test lint
+setup: $(VENV)/.installed
+	@scripts/ensure_gl.sh $(BIN)/python
+
+# torch first: the other packages must build on this one, not bring a second.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e ".[gym,test]"
+	touch $@
+
+train: setup
+	$(BIN)/python dreamer/train.py experiment=$(EXPERIMENT) $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python

@@ -1,0 +1,67 @@
+"""The contract of an agent: what `dreamer.train` needs to know, and how to find one by name.
+
+An agent is a module of this package with a function ``build(*, env_spec, device, optimization, ...) -> Agent``. It is
+keyword-only and takes exactly the keys of its ``configs/agent/<name>.yaml``, so that a stale key fails by name.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.data import Composite, TensorSpec
+from torchrl.envs import EnvBase, TensorDictPrimer
+from torchrl.objectives import LossModule
+from torchrl.trainers.trainers import OptimizationStepper
+
+
+class EnvSpec(NamedTuple):
+    """What an agent may know of its environment."""
+
+    observation: Composite
+    action: TensorSpec
+
+    @classmethod
+    def of(cls, env: EnvBase) -> "EnvSpec":
+        return cls(env.observation_spec, env.action_spec)
+
+
+@dataclass(frozen=True)
+class Agent:
+    """The parts of an agent.
+
+    Args:
+        policy: What acts: reads observations and recurrent state, writes ``action`` and the next recurrent state.
+        primers: The recurrent state that environments must carry, or None.
+        loss: What is minimised; the sum of its ``loss_*`` entries.
+        stepper: How: autocast, backward, optimiser, target networks.
+        to_records: Collected transitions [..., t] -> what is stored, flat [R].
+        record: One stored record, zeros: the layout of the replay.
+        hooks: Further (stage, callable) for the trainer. Usually none.
+        open_loop_video: A replay sample -> uint8 frames [T, h, w, 3], or None.
+    """
+
+    policy: TensorDictModuleBase
+    primers: TensorDictPrimer | None
+    loss: LossModule
+    stepper: OptimizationStepper
+    to_records: Callable[[TensorDictBase], TensorDictBase]
+    record: TensorDictBase
+    hooks: tuple[tuple[str, Callable[..., Any]], ...] = ()
+    open_loop_video: Callable[[TensorDictBase], Any] | None = None
+
+
+def load(name: str) -> ModuleType:
+    """Import the agent module ``name``.
+
+    Raises:
+        ValueError: if there is none; the message lists the agents.
+    """
+    choices = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "parts")
+    if name not in choices:
+        raise ValueError(f"agent.name={name!r}: choose one of {choices}")
+    return importlib.import_module(f"dreamer.agents.{name}")

@@ -1,0 +1,248 @@
+"""Shared assembly: from specs and sizes to world model, actor, critic, acting policy and replay records."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchrl.data import Bounded, Categorical, OneHot, TensorSpec, Unbounded
+from torchrl.envs import TensorDictPrimer
+from torchrl.envs.utils import ExplorationType, exploration_type
+
+from dreamer.agents import EnvSpec
+from dreamer.models.conv import MULTIPLIERS, ImageDecoder, ImageEncoder
+from dreamer.models.heads import ContinuousActor, DiscreteActor, Head
+from dreamer.models.rssm import RSSM
+from dreamer.models.world_model import VectorDecoder, VectorEncoder, WorldModel
+from objectives import WorldModelLoss
+from objectives.functional import NUM_BINS
+
+
+def make_world_model(
+    *,
+    observations: Mapping[str, tuple[int, ...]],
+    action_size: int,
+    belief_size: int,
+    hidden_size: int,
+    classes: int,
+    depth: int,
+    units: int,
+    categoricals: int = 32,
+    blocks: int = 8,
+    layers: int = 3,
+    multipliers: tuple[int, ...] = MULTIPLIERS,
+    downsample: str = "pool",
+    unimix: float = 0.01,
+) -> WorldModel:
+    """Build the world model for observations of the given shapes: images are (h, w, C), vectors (O,).
+
+    Vectors come before images in the encoder output, each kind sorted by key. Every key has networks of its own; the
+    reference joins all vectors first, which is the same for environments that give one ``observation``.
+
+    Args:
+        observations: Shape of each observation key.
+        action_size: Width A of the action vector.
+        belief_size, hidden_size, categoricals, classes, blocks, unimix: See :class:`RSSM`.
+        depth, multipliers, downsample: See :class:`ImageEncoder`.
+        units: Width of every MLP outside the RSSM.
+        layers: Layers of the vector encoder and decoder.
+    """
+    state_size = categoricals * classes
+    latent = {"belief_size": belief_size, "state_size": state_size}
+    image = {"depth": depth, "multipliers": multipliers, "downsample": downsample}
+    encoders, decoders = {}, {}
+    for key, shape in sorted(observations.items(), key=lambda item: (len(item[1]), item[0])):
+        if len(shape) == 3:
+            encoders[key] = ImageEncoder(image_shape=shape, **image)
+            decoders[key] = ImageDecoder(**latent, image_shape=shape, units=units, blocks=blocks, **image)
+        else:
+            encoders[key] = VectorEncoder(shape[0], units=units, layers=layers)
+            decoders[key] = VectorDecoder(**latent, out_features=shape[0], units=units, layers=layers)
+    rssm = RSSM(
+        embed_size=sum(encoder.out_features for encoder in encoders.values()),
+        action_size=action_size,
+        belief_size=belief_size,
+        hidden_size=hidden_size,
+        categoricals=categoricals,
+        classes=classes,
+        blocks=blocks,
+        unimix=unimix,
+    )
+    feature_size = belief_size + state_size
+    return WorldModel(
+        encoders=encoders,
+        rssm=rssm,
+        decoders=decoders,
+        reward_head=Head(feature_size, NUM_BINS, units=units, layers=1, outscale=0.0),
+        continue_head=Head(feature_size, 1, units=units, layers=1),
+    )
+
+
+def make_actor(feature_size: int, action_size: int, *, units: int, discrete: bool, unimix: float = 0.0) -> nn.Module:
+    """Build the actor for one-hot (``discrete``) or bounded continuous actions of width A."""
+    if discrete:
+        return DiscreteActor(feature_size, action_size, units=units, unimix=unimix)
+    return ContinuousActor(feature_size, action_size, units=units)
+
+
+def make_critic(feature_size: int, *, units: int) -> Head:
+    """Build the critic: feature [..., F] to two-hot logits [..., K], 0 everywhere at the start."""
+    return Head(feature_size, NUM_BINS, units=units, layers=3, outscale=0.0)
+
+
+class ActionCodec:
+    """Between an environment's action and the vector that the networks see.
+
+    Continuous actions in [-1, 1] and one-hot actions are vectors already; class numbers become one-hot vectors.
+
+    Args:
+        spec: Action spec of one environment.
+
+    Raises:
+        ValueError: for a spec that is none of these.
+    """
+
+    def __init__(self, spec: TensorSpec):
+        self.numbered = type(spec) is Categorical and spec.ndim == 0  # not its subclasses, which hold several choices
+        self.discrete = self.numbered or (type(spec) is OneHot and spec.ndim == 1)
+        continuous = isinstance(spec, Bounded) and spec.dtype.is_floating_point and spec.ndim == 1
+        if not self.discrete and not (continuous and (spec.space.low == -1).all() and (spec.space.high == 1).all()):
+            kinds = "one vector of continuous actions in [-1, 1], or one one-hot or categorical action"
+            raise ValueError(f"action spec {spec}: the agent takes {kinds}; wrap the environment to offer that")
+        self.dtype = spec.dtype
+        self.size = spec.space.n if self.discrete else spec.shape[-1]
+
+    def encode(self, action: Tensor) -> Tensor:
+        """Environment action [..., A] (class numbers: [...]) to float32 vector [..., A]."""
+        return F.one_hot(action.long(), self.size).float() if self.numbered else action.float()
+
+    def decode(self, vector: Tensor) -> Tensor:
+        """Invert :meth:`encode`."""
+        return (vector.argmax(-1) if self.numbered else vector).to(self.dtype)
+
+
+class RecurrentPolicy(TensorDictModuleBase):
+    """The acting policy: filter the observation into the model state, then sample the actor.
+
+    The model state is carried by the environment's TensorDict in the form in which the replay keeps it: ``belief``
+    [D] bfloat16 and ``state`` [S] class ids. Where ``is_init`` is set, both and the previous action count as zero.
+
+    Reads: observation keys, is_init [1], previous_action [A], belief, state.
+    Writes: action [A]; ("next", "belief") and ("next", "state"), the posterior model state.
+    """
+
+    def __init__(self, world_model: WorldModel, actor: nn.Module, codec: ActionCodec):
+        super().__init__()
+        self.world_model, self.actor, self.codec = world_model, actor, codec
+        self.observation_keys = list(world_model.encoders)
+        self.in_keys = [*self.observation_keys, "is_init", "previous_action", "belief", "state"]
+        self.out_keys = ["action", ("next", "belief"), ("next", "state")]
+
+    @torch.no_grad()
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        shape = tensordict.batch_size
+        is_init, previous, belief, state, *observations = (
+            tensordict[key].reshape(-1, 1, *tensordict[key].shape[len(shape) :])  # [N, 1, ...], one time step
+            for key in ("is_init", "previous_action", "belief", "state", *self.observation_keys)
+        )
+        rssm = self.world_model.rssm
+        embed = self.world_model.encode(dict(zip(self.observation_keys, observations, strict=True)))  # [N, 1, E]
+        action = self.codec.encode(previous)  # [N, 1, A]
+        rollout = rssm.observe(embed, action, is_init, belief[:, 0], rssm.from_classes(state[:, 0]))
+        distribution = self.actor(rollout.feature[:, 0])
+        sampled = exploration_type() in (ExplorationType.RANDOM, None)
+        action = distribution.sample() if sampled else distribution.mode  # [N, A]
+        tensordict["action"] = self.codec.decode(action).reshape(tensordict["previous_action"].shape)
+        tensordict["next", "belief"] = rollout.belief.to(torch.bfloat16).reshape(*shape, -1)
+        tensordict["next", "state"] = rssm.to_classes(rollout.state).reshape(*shape, -1)
+        return tensordict
+
+
+def make_primers(rssm: RSSM) -> TensorDictPrimer:
+    """The recurrent state of :class:`RecurrentPolicy` for an environment to carry: zeros at every reset."""
+    ids = rssm.to_classes(torch.zeros(rssm.state_size)).dtype
+    return TensorDictPrimer(
+        belief=Unbounded(rssm.belief_size, dtype=torch.bfloat16),
+        state=Unbounded(rssm.categoricals, dtype=ids),
+        random=False,
+        default_value=0,
+        expand_specs=True,
+    )
+
+
+def make_record(
+    env_spec: EnvSpec, observation_keys: Sequence[str], codec: ActionCodec, primers: TensorDictPrimer
+) -> TensorDict:
+    """One record of zeros, as :class:`ToRecords` makes them: the layout of the replay."""
+    record = {key: env_spec.observation[key].zero() for key in observation_keys}
+    record |= {"action": torch.zeros(codec.size), "reward": torch.zeros(1)}
+    record |= {key: torch.zeros(1, dtype=torch.bool) for key in ("is_init", "terminated", "done")}
+    return TensorDict(record | {key: spec.zero() for key, spec in primers.primers.items()})
+
+
+class ToRecords:
+    """Turn collected transitions into replay records; see :mod:`dreamer.replay` for what belongs to a record.
+
+    Every row gives the record of its root observation, with the action and reward that led to it, and the posterior
+    model state that the policy found there. A row that ends an episode gives a second record, of the last observation.
+
+    Args:
+        observation_keys: What to keep of an observation.
+        codec: For the actions.
+    """
+
+    def __init__(self, observation_keys: Sequence[str], codec: ActionCodec):
+        self.observation_keys, self.codec = tuple(observation_keys), codec
+
+    def __call__(self, batch: TensorDictBase) -> TensorDictBase:
+        rows = batch.reshape(-1)  # [n]
+        following = rows["next"]
+        roots = self._record(rows, rows["previous_action"], rows["previous_reward"])
+        roots["action"] = roots["action"] * ~rows["is_init"]  # class number 0 is no zero vector
+        roots.update({"is_init": rows["is_init"], "belief": following["belief"], "state": following["state"]})
+        ends = following["done"].squeeze(-1).nonzero().squeeze(-1)  # [m]
+        final = following[ends]
+        lasts = self._record(final, rows["action"][ends], final["reward"])
+        lasts.update({key: torch.zeros_like(roots[key][ends]) for key in ("is_init", "belief", "state")})
+        lasts.update(final.select("terminated", "done"))
+        order = torch.cat([torch.arange(len(rows)) * 2, ends * 2 + 1])  # a last record follows its row
+        order = order + rows.shape[0] * 2 * torch.cat([rows["stream"], rows["stream"][ends]]).squeeze(-1)
+        return torch.cat([roots, lasts])[order.argsort()]  # [R], in time order within each stream
+
+    def _record(self, observed: TensorDictBase, action: Tensor, reward: Tensor) -> TensorDict:
+        never = torch.zeros_like(observed["done"])
+        record = {key: observed[key] for key in (*self.observation_keys, "stream")}
+        record |= {"action": self.codec.encode(action), "reward": reward, "terminated": never, "done": never}
+        return TensorDict(record, observed.batch_size)
+
+
+@torch.no_grad()
+def open_loop_video(loss: WorldModelLoss, batch: TensorDictBase, context_steps: int = 5, rows: int = 4) -> Tensor:
+    """Compare real, reconstructed and imagined images on replayed sequences.
+
+    The imagined column is reconstructed for ``context_steps`` steps and then follows the recorded actions without
+    seeing another image.
+
+    Args:
+        loss: The world model's loss, for its model and its reading of a batch.
+        batch: Replay sample of at least two steps.
+        context_steps: Steps that the model sees; at most half of them.
+        rows: Sequences shown, one below the other.
+
+    Returns:
+        uint8 frames [T, rows * h, 3 * w, C]: real | reconstructed | imagined.
+    """
+    batch, context_steps = batch[:rows], min(context_steps, batch["action"].shape[1] // 2)
+    model, actions = loss.world_model, batch["action"][:, context_steps:]  # [B, T - c, A]
+    rollout = loss.observe(batch)
+    reconstructed = model.decode(rollout.belief, rollout.state)["pixels"]  # [B, T, h, w, C]
+    last = (rollout.belief[:, context_steps - 1], rollout.state[:, context_steps - 1])
+    imagined = model.rssm.imagine(lambda _, step: actions[:, step], *last, actions.shape[1])
+    sizes = [model.rssm.belief_size, model.rssm.state_size]
+    predicted = model.decode(*imagined.feature[:, 1:].split(sizes, -1))["pixels"]  # [B, T - c, h, w, C]
+    imagined_column = torch.cat([reconstructed[:, :context_steps], predicted], 1)
+    columns = torch.cat([batch["pixels"].float() / 255, reconstructed, imagined_column], 3)  # [B, T, h, 3w, C]
+    frames = columns.transpose(0, 1).flatten(1, 2)  # [T, B * h, 3w, C]
+    return (frames * 255).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,102 @@
+"""One function that makes any of our environments from plain keyword arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torchrl.envs import Compose, ExcludeTransform, InitTracker, Transform, TransformedEnv
+
+from envs.backends.dmc import DMCEnv
+from envs.backends.gym import GymnasiumEnv
+from envs.backends.mock import MockEnv
+from envs.choices import check_choice
+from envs.transforms.previous_step import PreviousStep
+from envs.transforms.render import Render
+from envs.transforms.stream_index import StreamIndex
+
+BACKENDS = {"dmc": DMCEnv, "gym": GymnasiumEnv, "mock": MockEnv}
+RENDER_OPTIONS = ("camera", "fast")
+
+
+class SeededTransformedEnv(TransformedEnv):
+    """A `TransformedEnv` whose seed reaches its stochastic transforms too.
+
+    Every transform that has a method `set_seed(seed)` gets a seed of its own, which depends on the seed of the
+    environment and on the position of the transform. Add transforms with `append_transform`: wrapping this
+    environment in another `TransformedEnv` unwraps it, and the seed no longer reaches them.
+
+    Differs: `TransformedEnv.set_seed` seeds the base environment only.
+    """
+
+    def set_seed(self, seed: int | None = None, static_seed: bool = False) -> int | None:
+        if seed is not None:
+            transforms = [module for module in self.transform.modules() if isinstance(module, Transform)]
+            children = np.random.SeedSequence(seed).generate_state(len(transforms))
+            for transform, child in zip(transforms, children, strict=True):
+                reseed = getattr(transform, "set_seed", None)
+                if reseed is not None:
+                    reseed(int(child))
+        return super().set_seed(seed, static_seed=static_seed)
+
+
+def make_env(
+    *,
+    backend: str = "dmc",
+    name: str,
+    task: str | None = None,
+    frame_skip: int = 2,
+    image_size: int = 64,
+    from_pixels: bool = True,
+    pixels_only: bool = True,
+    render: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    stream: int | None = None,
+    device: torch.device | str = "cpu",
+    transforms: Sequence[Transform | Callable[[], Transform]] = (),
+) -> SeededTransformedEnv:
+    """Makes a seeded environment.
+
+    Args:
+        backend: "dmc", "gym" or "mock".
+        name: domain of dm_control ("cheetah"), id of Gymnasium ("Pendulum-v1") or name in `envs.backends.mock`.
+        task: task of the domain ("run"); None if there is only one.
+        frame_skip: frames per agent step, at least 1; rewards are summed.
+        image_size: height and width of the images in pixels, at least 1.
+        from_pixels: draw images.
+        pixels_only: leave `observation` out where there are images.
+        render: `camera` (index or name, None for the usual one) and `fast` (a cheaper image, not the one that
+            benchmarks use).
+        seed: of the environment and its transforms, in [0, 2**32).
+        stream: number that marks the observations of this environment, None for no mark.
+        device: where the tensors go.
+        transforms: more transforms, or functions that make them, to apply after the images are drawn.
+
+    Writes:
+        `pixels` uint8 `[h, w, 3]` and/or `observation` float32 `[O]`; `reward` float32 `[1]`; `is_init`,
+        `terminated`, `truncated`, `done` bool `[1]`; `previous_action` `[A]`, `previous_reward` `[1]`;
+        `stream` int64 `[1]` if asked for.
+
+    Raises:
+        ValueError: a name, task, count or option that does not exist; the message lists those that do.
+        ImportError: the simulator of the backend is not installed.
+    """
+    check_choice("backend", backend, BACKENDS)
+    for option in render or {}:
+        check_choice("render option", option, RENDER_OPTIONS)
+    base = BACKENDS[backend](name=name, task=task, frame_skip=frame_skip, seed=seed, device=device)
+    chain: list[Transform] = []
+    if from_pixels:
+        chain.append(Render(image_size, **(render or {})))
+        if pixels_only:
+            chain.append(ExcludeTransform("observation"))
+    chain += [item if isinstance(item, Transform) else item() for item in transforms]
+    chain.append(PreviousStep())  # after the others, which may change the reward
+    if stream is not None:
+        chain.append(StreamIndex(stream))
+    chain.append(InitTracker())
+    env = SeededTransformedEnv(base, Compose(chain))
+    env.set_seed(seed)
+    return env

@@ -1,0 +1,113 @@
+"""Every command and example of the README works."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.S)
+COMMANDS = [
+    line.split(" #")[0].strip()
+    for language, block in BLOCKS
+    if language == "bash"
+    for line in block.splitlines()
+    if line.strip() and not line.startswith("#")
+]
+SHORT = [
+    "device=cpu",
+    "collector=sync",
+    "agent/size=debug",
+    "collector.total_frames=64",
+    "collector.init_random_frames=32",
+    "collector.frames_per_batch=32",
+    "replay_buffer.batch_size=2",
+    "replay_buffer.sequence_length=4",
+    "train_ratio=1",
+    "evaluation.episodes=1",
+    "env.render.fast=true",
+]
+
+
+def commands(start: str) -> list[str]:
+    found = [command for command in COMMANDS if command.startswith(start)]
+    assert found, f"README.md has no command {start}"
+    return found
+
+
+def test_all_commands_are_covered_here():
+    covered = (
+        "make ",
+        "python dreamer/train.py",
+        "python scripts/",
+        "pip install",
+        "python envs/gl.py",
+        "python3 -m venv",
+    )
+    assert not [command for command in COMMANDS if not command.startswith(covered)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c.startswith("python dreamer/train.py") and "--help" not in c]
+)
+def test_training_commands_run(command, tmp_path):
+    """As written, but for a few steps with a small network in this process."""
+    arguments = [*shlex.split(command)[1:], *SHORT, f"run_dir={tmp_path / 'run'}"]
+    result = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "evaluation: return" in result.stdout
+
+
+def test_help_lists_groups():
+    result = subprocess.run(
+        [sys.executable, "dreamer/train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for group in ("env: dmc, gym, mock", "agent/size", "collector: multi_async, multi_sync, sync", "quickstart"):
+        assert group in result.stdout
+
+
+def overrides_in_tables() -> list[list[str]]:
+    rows = re.findall(r"^\|.*\|(.*)\|$", README, flags=re.M)
+    spans = [span for row in rows for span in re.findall(r"`([^`]+)`", row)]
+    return [span.split() for span in spans if re.match(r"[\w./]+=", span)]
+
+
+@pytest.mark.parametrize("overrides", overrides_in_tables(), ids=" ".join)
+def test_overrides_compose(overrides):
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        compose("train", overrides=overrides)
+
+
+@pytest.mark.parametrize("source", [block for language, block in BLOCKS if language == "python"])
+def test_examples_run(source):
+    subprocess.run([sys.executable, "-c", source], cwd=ROOT, check=True)
+
+
+def test_make_installs_what_the_readme_says():
+    makefile = (ROOT / "Makefile").read_text()
+    for command in commands("pip install"):
+        words = [word for word in shlex.split(command)[2:] if word != "-q"]
+        assert all(word in makefile for word in words), command
+
+
+def test_scripts_exist_and_explain_themselves():
+    for command in commands("python scripts/"):
+        arguments = [*shlex.split(command)[1:], "--help"]
+        result = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert "usage" in result.stdout
+
+
+def test_gl_command_prints_the_backend():
+    result = subprocess.run([sys.executable, "envs/gl.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip()
+
+
+def test_linked_files_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target

@@ -1,0 +1,182 @@
+"""The program from end to end: small runs on the mock environment, from the command line as a user would."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "env=mock",
+    "agent/size=debug",
+    "device=cpu",
+    "replay_buffer.batch_size=4",
+    "replay_buffer.sequence_length=8",
+    "collector.init_random_frames=64",
+    "collector.total_frames=256",
+    "collector.frames_per_batch=32",
+    "collector.num_collectors=2",
+    "train_ratio=16",
+    "logger.interval=64",
+    "evaluation.episodes=2",
+]
+
+
+def train(*overrides: str, timeout: float = 240, check: bool = True) -> subprocess.CompletedProcess:
+    """Run the program; the folder is given by run_dir=."""
+    command = [sys.executable, "dreamer/train.py", *SMALL, *overrides]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+    assert not check or result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result
+
+
+def read_metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_run_folder_is_complete(tmp_path):
+    run_dir = tmp_path / "run"
+    result = train(
+        "collector=sync",
+        "env.from_pixels=true",
+        "env.image_size=32",
+        f"run_dir={run_dir}",
+        "evaluation.random_episodes=2",
+    )
+    assert OmegaConf.load(run_dir / "config.yaml").env.render.fast is False
+    metrics = read_metrics(run_dir)
+    names = {name for line in metrics for name in line}
+    assert {"episode/return", "episode/length", "eval/return_mean", "eval/return_std", "eval/length_mean"} <= names
+    assert {"wm/image_loss", "wm/kl_loss", "wm/reward_loss", "wm/wm_grad_norm", "ac/actor_loss", "ac/entropy"} <= names
+    assert all(value is not None for line in metrics for value in line.values()), "NaN in the metrics"
+    assert [line["frames"] for line in metrics] == sorted(line["frames"] for line in metrics)
+    # 16 replayed steps per step and 32 steps per update: half an update per step after the random ones
+    assert metrics[-2]["trainer/updates"] == pytest.approx((256 - 64) / 2, abs=17)
+    assert list((run_dir / "videos").glob("*.mp4")) and list((run_dir / "tensorboard").glob("events*"))
+    assert (run_dir / "checkpoint").is_dir()
+    assert "random actions" in result.stdout and "left" in result.stdout
+    assert str(run_dir) in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["multi_sync", "multi_async"])
+def test_workers(mode, tmp_path):
+    train(f"collector={mode}", f"run_dir={tmp_path / 'run'}", "collector.envs_per_collector=2")
+    metrics = read_metrics(tmp_path / "run")
+    lines = [line for line in metrics if "trainer/updates" in line]
+    assert lines[-1]["frames"] >= 256 and lines[-1]["trainer/updates"] > 50
+    assert lines[0]["collector/workers_alive"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["continuous", "discrete"])
+def test_learns(task, tmp_path):
+    """The tiny task is learned: better than random by a wide margin, in a minute."""
+    overrides = [
+        "collector=sync",
+        f"env.task={task}",
+        "collector.total_frames=3000",
+        "train_ratio=64",
+        "optimization.lr=3e-3",
+    ]
+    overrides += [
+        "optimization.warmup_steps=20",
+        "evaluation.episodes=8",
+        "evaluation.random_episodes=8",
+        "logger.interval=500",
+    ]
+    train(*overrides, f"run_dir={tmp_path / 'run'}", timeout=500)
+    last = read_metrics(tmp_path / "run")[-1]
+    assert last["eval/return_mean"] > 1.3 * last["eval/random_return_mean"], last
+
+
+@pytest.mark.slow
+def test_same_seed_same_run(tmp_path):
+    """In this process, without prefetching, everything is a function of the seed."""
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        train("collector=sync", "replay_buffer.prefetch=0", f"seed={seed}", f"run_dir={tmp_path / name}")
+    a, b, c = (
+        [
+            {k: v for k, v in line.items() if not any(word in k for word in ("second", "fps", "memory"))}
+            for line in read_metrics(tmp_path / name)
+        ]
+        for name in "abc"
+    )
+    assert a == b
+    assert a != c
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow(tmp_path):
+    """Over 20,000 steps after the replay is full, the learner's memory stays where it is."""
+    overrides = ["collector=sync", "collector.total_frames=25_000", "replay_buffer.size=2_000", "train_ratio=0.5"]
+    train(*overrides, "logger.interval=500", "evaluation.interval=0", f"run_dir={tmp_path / 'run'}", timeout=500)
+    lines = [line for line in read_metrics(tmp_path / "run") if "trainer/memory_gb" in line]
+    memory = [line["trainer/memory_gb"] for line in lines if line["frames"] > 5_000]
+    assert len(memory) > 30
+    first, last = sum(memory[:5]) / 5, sum(memory[-5:]) / 5
+    assert last - first < 0.02, f"{first:.3f} GB to {last:.3f} GB"
+
+
+def start(*overrides: str) -> tuple[subprocess.Popen, list[psutil.Process]]:
+    """Start a long run with workers; return it and its workers once it learns."""
+    command = [sys.executable, "-u", "dreamer/train.py", *SMALL, "collector.total_frames=10_000_000", *overrides]
+    program = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in program.stdout:
+        if line.startswith("frames") and "updates 0 " not in line:
+            break
+    else:
+        raise AssertionError("ended before it learned")
+    children = psutil.Process(program.pid).children()
+    workers = [p for p in children if "spawn_main" in " ".join(p.cmdline())]
+    return program, workers
+
+
+def finish(program: subprocess.Popen, seconds: float) -> str:
+    """Wait for the end of the program and return what it still wrote."""
+    output, _ = program.communicate(timeout=seconds)
+    return output
+
+
+def assert_gone(processes: list[psutil.Process], seconds: float = 10) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    assert not alive, f"orphans: {alive}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["multi_sync", "multi_async"])
+def test_dead_worker_ends_the_run(mode, tmp_path):
+    program, workers = start(f"collector={mode}", f"run_dir={tmp_path / 'run'}")
+    workers[0].kill()
+    output = finish(program, 60)
+    assert program.returncode != 0
+    assert "died with exit code -9 (SIGKILL)" in output or "exit code -9" in output, output[-3000:]
+    assert_gone(workers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["multi_sync", "multi_async"])
+def test_stuck_worker_ends_the_run(mode, tmp_path):
+    program, workers = start(f"collector={mode}", f"run_dir={tmp_path / 'run'}", "collector.timeout=5")
+    workers[0].suspend()
+    output = finish(program, 60)
+    assert program.returncode != 0
+    assert "for 5 s" in output and "stopped" in output and "collector.timeout" in output, output[-3000:]
+    assert_gone(workers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
+def test_no_orphans(sign, tmp_path):
+    program, workers = start("collector=multi_async", f"run_dir={tmp_path / 'run'}")
+    os.kill(program.pid, sign)
+    time.sleep(0.1)
+    finish(program, 60)
+    assert_gone(workers, 20)
