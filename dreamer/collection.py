@@ -109,6 +109,17 @@ class ActingPolicy:
                 tensor.copy_(state[name])
 
 
+def divide_batch(frames_per_batch: int, streams: int, frame_skip: int) -> int:
+    """Agent steps per batch; every stream must give the same whole number of them."""
+    unit = streams * frame_skip
+    if frames_per_batch < unit or frames_per_batch % unit:
+        raise ValueError(
+            f"collector.frames_per_batch={frames_per_batch}: give a multiple of {unit} ({streams} environments, "
+            f"{frame_skip} frames per step)"
+        )
+    return frames_per_batch // frame_skip
+
+
 def make_collector(
     *,
     mode: str,
@@ -149,14 +160,7 @@ def make_collector(
     if mode not in MODES:
         raise ValueError(f"collector.mode={mode!r}: choose one of {MODES}")
     workers = count_workers(mode, num_collectors)
-    streams = workers * envs_per_collector
-    unit = streams * frame_skip
-    if frames_per_batch < unit or frames_per_batch % unit:
-        raise ValueError(
-            f"collector.frames_per_batch={frames_per_batch}: give a multiple of {unit} ({streams} environments, "
-            f"{frame_skip} frames per step)"
-        )
-    steps_per_batch = frames_per_batch // frame_skip
+    steps_per_batch = divide_batch(frames_per_batch, workers * envs_per_collector, frame_skip)
     factories = [
         EnvFactory(env, range(i * envs_per_collector, (i + 1) * envs_per_collector), seed, primers, mode != "sync")
         for i in range(workers)

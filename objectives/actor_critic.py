@@ -3,13 +3,12 @@
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torchrl.modules import PercentileValueNorm
-from torchrl.objectives import LossModule
 
 from objectives.functional import (
     ActorCriticTerms,
@@ -18,7 +17,7 @@ from objectives.functional import (
     symexp_bins,
     twohot_mean,
 )
-from objectives.terms import Terms, loss_keys, weigh
+from objectives.terms import ModuleLoss, Terms, loss_keys, weigh
 
 
 class Imagined(NamedTuple):
@@ -29,7 +28,7 @@ class Imagined(NamedTuple):
     diagnostics: Terms  # [] each
 
 
-class ImaginedActorCriticLoss(LossModule):
+class ImaginedActorCriticLoss(ModuleLoss):
     """Actor and critic losses on trajectories imagined from given model states.
 
     Imagination is without gradients; the actor learns by REINFORCE, for continuous and discrete actions alike.
@@ -57,8 +56,9 @@ class ImaginedActorCriticLoss(LossModule):
         belief: NestedKey = "belief"
         state: NestedKey = "state"
 
-    functional = False
     tensor_keys: _AcceptedKeys
+    world_model: Any
+    bins: Tensor
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class ImaginedActorCriticLoss(LossModule):
         return_norm_rate: float = 0.01,
     ):
         super().__init__()
-        self.__dict__["world_model"] = world_model  # not registered: the world model's loss owns it
+        object.__setattr__(self, "world_model", world_model)  # not registered: the world model's loss owns it
         self.actor, self.critic = actor, critic
         self.slow_critic = deepcopy(critic).requires_grad_(False)
         self.return_norm = PercentileValueNorm(rate=return_norm_rate)
@@ -162,11 +162,11 @@ class ImaginedActorCriticLoss(LossModule):
     @torch.no_grad()
     def update_slow_critic(self) -> None:
         """slow <- slow + rate * (critic - slow), to be called after each optimiser step."""
-        slow, fast = list(self.slow_critic.parameters()), list(self.critic.parameters())
-        torch._foreach_lerp_(slow, fast, self.slow_critic_rate)
+        for slow, fast in zip(self.slow_critic.parameters(), self.critic.parameters(), strict=True):
+            slow.lerp_(fast, self.slow_critic_rate)
 
 
-class ReplayCriticLoss(LossModule):
+class ReplayCriticLoss(ModuleLoss):
     """Critic loss on replayed trajectories; its gradient flows on into the world model.
 
     The target is the lambda-return of the replayed rewards, bootstrapped from the imagined return of each state.
@@ -194,8 +194,10 @@ class ReplayCriticLoss(LossModule):
         done: NestedKey = "done"
         imagined_return: NestedKey = "imagined_return"
 
-    functional = False
     tensor_keys: _AcceptedKeys
+    critic: nn.Module
+    slow_critic: nn.Module
+    bins: Tensor
 
     def __init__(
         self,
@@ -208,7 +210,8 @@ class ReplayCriticLoss(LossModule):
         slow_regularizer: float = 1.0,
     ):
         super().__init__()
-        self.__dict__.update(critic=critic, slow_critic=slow_critic)  # not registered, owned elsewhere
+        object.__setattr__(self, "critic", critic)  # not registered: the imagined loss owns both
+        object.__setattr__(self, "slow_critic", slow_critic)
         self.weights = dict(weights or self.WEIGHTS)
         self.horizon, self.lmbda, self.slow_regularizer = horizon, lmbda, slow_regularizer
         self.register_buffer("bins", symexp_bins(), persistent=False)

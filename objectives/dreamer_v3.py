@@ -1,14 +1,13 @@
 """The objective of DreamerV3: world model, imagined actor-critic and replayed critic as one."""
 
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from torchrl.objectives import LossModule
 
 from objectives.actor_critic import ImaginedActorCriticLoss, ReplayCriticLoss
-from objectives.terms import weigh
+from objectives.terms import ModuleLoss, weigh
 from objectives.world_model import WorldModelLoss
 
 
-class DreamerV3Loss(LossModule):
+class DreamerV3Loss(ModuleLoss):
     """The whole objective of DreamerV3: one forward, one backward, one optimiser.
 
     World model -> imagine from every posterior state -> actor and critic -> critic on the replayed states.
@@ -19,8 +18,6 @@ class DreamerV3Loss(LossModule):
     Reads: what :class:`WorldModelLoss` reads, and done [B, T, 1].
     Writes: every ``loss_*`` of the parts [], diagnostics under ``wm`` and ``ac`` [], replay_context [B, T].
     """
-
-    functional = False
 
     def __init__(self, model: WorldModelLoss, actor_critic: ImaginedActorCriticLoss, replay_critic: ReplayCriticLoss):
         super().__init__()

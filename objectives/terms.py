@@ -2,12 +2,22 @@
 
 from collections.abc import Mapping
 
+from tensordict import NestedKey
 from torch import Tensor
+from torchrl.objectives import LossModule
 
 Terms = dict[str, Tensor]
 
 
-def loss_keys(weights: Mapping[str, float]) -> list[str]:
+class ModuleLoss(LossModule):
+    """A loss whose networks stay ordinary modules: it makes no functional copies of their parameters."""
+
+    @property
+    def functional(self) -> bool:
+        return False
+
+
+def loss_keys(weights: Mapping[str, float]) -> list[NestedKey]:
     """Names of the losses that :func:`weigh` makes."""
     return [f"loss_{name}" for name in weights]
 

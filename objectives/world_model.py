@@ -9,13 +9,12 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchrl.modules.functional import symlog
-from torchrl.objectives import LossModule
 
 from objectives.functional import categorical_entropy, categorical_kl, kl_terms, symexp_bins, twohot_nll
-from objectives.terms import Terms, loss_keys, weigh
+from objectives.terms import ModuleLoss, Terms, loss_keys, weigh
 
 
-class WorldModelLoss(LossModule):
+class WorldModelLoss(ModuleLoss):
     """Reconstruction, reward, continue and KL losses of a world model on replayed sequences.
 
         reco   = sum |decode(s_t) - x_t|^2       (pixels / 255; vectors in symlog space)
@@ -55,8 +54,9 @@ class WorldModelLoss(LossModule):
         context: NestedKey = "context"
         replay_context: NestedKey = "replay_context"
 
-    functional = False
     tensor_keys: _AcceptedKeys
+    world_model: Any
+    bins: Tensor
 
     def __init__(
         self,
@@ -101,13 +101,12 @@ class WorldModelLoss(LossModule):
     def observe(self, batch: TensorDictBase) -> Any:
         """Filter the observations into posterior model states, from the replay context on."""
         keys, rssm = self.tensor_keys, self.world_model.rssm
-        context = batch[keys.context]
         return rssm.observe(
             self.world_model.encode(batch),  # [B, T, E]
             batch[keys.action],
             batch[keys.is_init],
-            context["belief"],
-            rssm.from_classes(context["state"]),  # [B, Z]
+            batch[keys.context, "belief"],
+            rssm.from_classes(batch[keys.context, "state"]),  # [B, Z]
         )
 
     def kl_terms(self, rollout: Any) -> Terms:
@@ -138,18 +137,19 @@ class WorldModelLoss(LossModule):
         """Scalars to log, by the names under ``wm/``."""
         posterior, prior = rollout.posterior_logits, rollout.prior_logits
         means = {name: term.detach().mean() for name, term in terms.items()}
+        weighted = {name: self.weights[name] * mean for name, mean in means.items()}
         return {
-            "total_loss": sum(self.weights[name] * mean for name, mean in means.items()),
+            "total_loss": torch.stack(list(weighted.values())).sum(),
             "image_loss": means["model_reco"],
             "reward_loss": means["model_reward"],
             "continue_loss": means["model_continue"],
-            "kl_loss": sum(self.weights[name] * means[name] for name in ("model_dynamic", "model_representation")),
+            "kl_loss": weighted["model_dynamic"] + weighted["model_representation"],
             "kl_value": categorical_kl(posterior, prior).mean(),
             "prior_entropy": categorical_entropy(prior).mean(),
             "posterior_entropy": categorical_entropy(posterior).mean(),
         }
 
-    def replay_context(self, rollout: Any) -> dict[str, TensorDict]:
+    def replay_context(self, rollout: Any) -> dict[NestedKey, TensorDict]:
         """The latents that replace those in the replay, in the form in which it keeps them."""
         state = self.world_model.rssm.to_classes(rollout.state.detach())  # [B, T, S]
         context = TensorDict({"belief": rollout.belief.detach().bfloat16(), "state": state}, state.shape[:2])

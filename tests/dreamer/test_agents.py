@@ -436,14 +436,14 @@ class TestOpenLoopVideo:
     def test_columns(self):
         """Real, reconstructed, imagined; the imagined column is the reconstructed one while the model sees."""
         agent = make_small_agent(env_spec=make_env_spec(vector=False))
-        batch = make_batch(agent, batch_size=3, length=7)
+        batch = make_batch(agent, batch_size=3, length=8)
         frames = open_loop_video(agent.loss.model, batch, context_steps=4, rows=2)
         height, width, channels = IMAGE
-        assert frames.shape == (7, 2 * height, 3 * width, channels) and frames.dtype == torch.uint8
+        assert frames.shape == (8, 2 * height, 3 * width, channels) and frames.dtype == torch.uint8
         real, reconstructed, imagined = frames.split(width, 2)
         assert torch.equal(real, batch["pixels"][:2].transpose(0, 1).flatten(1, 2))
         same = (reconstructed == imagined).flatten(1).all(1)
-        assert same.tolist() == [True] * 4 + [False] * 3
+        assert same.tolist() == [True] * 4 + [False] * 4
 
     def test_agents_without_images_have_none(self):
         assert make_small_agent(env_spec=make_env_spec(pixels=False)).open_loop_video is None
