@@ -43,8 +43,8 @@ POSITIVE = (
     "collector.timeout",
     "replay_buffer.size",
     "train_ratio",
-    "evaluation.episodes",
-    "evaluation.num_envs",
+    "eval.episodes",
+    "eval.num_envs",
     "logger.interval",
     "logger.seconds",
 )
@@ -93,7 +93,7 @@ def build(config: dict[str, Any], run_dir: Path) -> Trainer:
     torch.set_num_threads(threads)  # after the collector, because collectors with workers change it
     run_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(config), run_dir / "config.yaml")
-    num_envs = min(config["evaluation"]["num_envs"], config["evaluation"]["episodes"])
+    num_envs = min(config["eval"]["num_envs"], config["eval"]["episodes"])
     return make_trainer(
         agent=agent,
         collector=collector,
@@ -110,7 +110,7 @@ def build(config: dict[str, Any], run_dir: Path) -> Trainer:
         log_interval=log["interval"],
         log_seconds=log["seconds"],
         video_interval=log["video_interval"] if log["video"] else 0,
-        evaluation=without(config["evaluation"], "num_envs"),
+        evaluation=without(config["eval"], "num_envs"),
         checkpoint=config["checkpoint"],
         seed=derive_seed(seed, EVALUATION),
     )

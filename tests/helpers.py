@@ -198,8 +198,8 @@ SMALL_RUN = (
     "optimization.lr=1e-3",
     "logger.backends=[]",
     "logger.video=false",
-    "evaluation.interval=0",
-    "evaluation.episodes=1",
+    "eval.interval=0",
+    "eval.episodes=1",
     "checkpoint.interval=0",
     "device=cpu",
 )

@@ -127,7 +127,7 @@ def test_unknown_agent_lists_the_agents():
         ("replay_buffer.batch_size=0", "batch_size=0"),
         ("replay_buffer.size=0", "replay_buffer.size=0"),
         ("train_ratio=fast", "train_ratio='fast'"),
-        ("evaluation.num_envs=0", "evaluation.num_envs=0"),
+        ("eval.num_envs=0", "eval.num_envs=0"),
         ("env.frame_skip=0", "frame_skip=0"),
         ("+env.render.shadows=false", "shadows"),
     ],

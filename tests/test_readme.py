@@ -29,7 +29,7 @@ SHORT = [
     "replay_buffer.batch_size=2",
     "replay_buffer.sequence_length=4",
     "train_ratio=1",
-    "evaluation.episodes=1",
+    "eval.episodes=1",
     "env.render.fast=true",
 ]
 

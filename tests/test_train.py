@@ -26,7 +26,7 @@ SMALL = [
     "collector.num_collectors=2",
     "train_ratio=16",
     "logger.interval=64",
-    "evaluation.episodes=2",
+    "eval.episodes=2",
 ]
 
 
@@ -49,7 +49,7 @@ def test_run_folder_is_complete(tmp_path):
         "env.from_pixels=true",
         "env.image_size=32",
         f"run_dir={run_dir}",
-        "evaluation.random_episodes=2",
+        "eval.random_episodes=2",
     )
     assert OmegaConf.load(run_dir / "config.yaml").env.render.fast is False
     metrics = read_metrics(run_dir)
@@ -90,8 +90,8 @@ def test_learns(task, frames, tmp_path):
     ]
     overrides += [
         "optimization.warmup_steps=20",
-        "evaluation.episodes=8",
-        "evaluation.random_episodes=8",
+        "eval.episodes=8",
+        "eval.random_episodes=8",
         "logger.interval=500",
     ]
     train(*overrides, f"run_dir={tmp_path / 'run'}", timeout=500)
@@ -119,7 +119,7 @@ def test_same_seed_same_run(tmp_path):
 def test_memory_does_not_grow(tmp_path):
     """Over 20,000 steps after the replay is full, the learner's memory stays where it is."""
     overrides = ["collector=sync", "collector.total_frames=25_000", "replay_buffer.size=2_000", "train_ratio=0.5"]
-    train(*overrides, "logger.interval=500", "evaluation.interval=0", f"run_dir={tmp_path / 'run'}", timeout=500)
+    train(*overrides, "logger.interval=500", "eval.interval=0", f"run_dir={tmp_path / 'run'}", timeout=500)
     lines = [line for line in read_metrics(tmp_path / "run") if "trainer/memory_gb" in line]
     memory = [line["trainer/memory_gb"] for line in lines if line["frames"] > 5_000]
     assert len(memory) > 30

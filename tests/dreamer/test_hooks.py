@@ -312,7 +312,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 class TestEvaluate:
     def make(self, tmp_path, *overrides: str):
-        trainer = make_run(tmp_path, "env.name=reach", "evaluation.episodes=4", "evaluation.num_envs=2", *overrides)
+        trainer = make_run(tmp_path, "env.name=reach", "eval.episodes=4", "eval.num_envs=2", *overrides)
         hook = next(op for op, _ in trainer._post_steps_log_ops if isinstance(getattr(op, "__wrapped__", op), Evaluate))
         return trainer, getattr(hook, "__wrapped__", hook)
 
@@ -345,7 +345,7 @@ class TestEvaluate:
     def test_actions_are_sampled_unless_told_otherwise(self, tmp_path):
         results = {}
         for deterministic in ("false", "true"):
-            override = f"evaluation.deterministic={deterministic}"
+            override = f"eval.deterministic={deterministic}"
             trainer, evaluate = self.make(tmp_path / deterministic, override)
             results[deterministic] = evaluate.run()["eval/return_mean"]
             trainer.collector.shutdown()
@@ -363,7 +363,7 @@ class TestEvaluate:
         results, evaluations = [], []
         for interval in (0, 16):
             folder = tmp_path / str(interval)
-            trainer = make_run(folder, "env.name=reach", f"evaluation.interval={interval}")
+            trainer = make_run(folder, "env.name=reach", f"eval.interval={interval}")
             trainer.train()
             trainer.replay_buffer.dump(folder / "replay")
             results.append((trainer.update_count, random_states(), read_files(folder / "replay")))
