@@ -20,7 +20,7 @@ train: setup
 	$(BIN)/python dreamer/train.py experiment=$(EXPERIMENT) $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partialmethod
 
 import numpy as np
 import pytest
@@ -222,7 +223,10 @@ class TestPrecision:
 
 
 @pytest.mark.slow
-def test_compiled_networks_give_the_same_updates():
+def test_compiled_networks_give_the_same_updates(monkeypatch):
+    """With the backend that traces but makes no machine code, which would take minutes."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+
     def train(compiled: bool):
         overrides = f"optimization.compile.enabled={str(compiled).lower()}", "optimization.warmup_steps=0"
         agent = make_small_agent(*overrides, env_spec=make_env_spec(vector=False))
