@@ -19,6 +19,7 @@ at the end     shutdown                SaveCheckpoint.save     Save a last time
 Other collectors hand their batches to the learner, which then makes the records itself.
 """
 
+import json
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def build(config: dict[str, Any], run_dir: Path) -> Trainer:
     torch.manual_seed(seed)
 
     probe = envs.make_env(**env)
-    env_spec = EnvSpec.of(probe)
+    env_spec, env_facts = EnvSpec.of(probe), probe.describe()
     probe.close()
     agent = load(config["agent"]["name"]).build(
         env_spec=env_spec,
@@ -93,14 +94,18 @@ def build(config: dict[str, Any], run_dir: Path) -> Trainer:
     torch.set_num_threads(threads)  # after the collector, because collectors with workers change it
     run_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(config), run_dir / "config.yaml")
-    num_envs = min(config["eval"]["num_envs"], config["eval"]["episodes"])
+    if env_facts:
+        (run_dir / "environment.json").write_text(json.dumps(env_facts, indent=2))
+    evaluation = config["eval"]
+    eval_env = env if evaluation["distraction"] is None else env | {"distraction": evaluation["distraction"]}
+    num_envs = min(evaluation["num_envs"], evaluation["episodes"])
     return make_trainer(
         agent=agent,
         collector=collector,
         replay=replay,
         logger=RunLogger(run_dir, **{key: log[key] for key in ("backends", "project", "offline", "video_fps")}),
         run_dir=run_dir,
-        make_eval_env=EnvFactory(env, range(num_envs), derive_seed(seed, EVALUATION), agent.primers),
+        make_eval_env=EnvFactory(eval_env, range(num_envs), derive_seed(seed, EVALUATION), agent.primers),
         total_frames=total_frames,
         frame_skip=frame_skip,
         init_random_frames=collection["init_random_frames"],
@@ -110,7 +115,7 @@ def build(config: dict[str, Any], run_dir: Path) -> Trainer:
         log_interval=log["interval"],
         log_seconds=log["seconds"],
         video_interval=log["video_interval"] if log["video"] else 0,
-        evaluation=without(config["eval"], "num_envs"),
+        evaluation=without(evaluation, "num_envs", "distraction"),
         checkpoint=config["checkpoint"],
         seed=derive_seed(seed, EVALUATION),
     )

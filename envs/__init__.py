@@ -5,6 +5,26 @@ from envs.gl import choose_gl_backend
 choose_gl_backend()  # before the imports below, because they import MuJoCo, which reads the choice only then
 
 from envs.make import SeededTransformedEnv, make_env  # noqa: E402
-from envs.transforms import PreviousStep, Render, StreamIndex  # noqa: E402
+from envs.transforms import (  # noqa: E402
+    CameraJitter,
+    ColorGrid,
+    DistractingCS,
+    NaturalVideo,
+    NoisySensor,
+    PreviousStep,
+    Render,
+    StreamIndex,
+)
 
-__all__ = ["PreviousStep", "Render", "SeededTransformedEnv", "StreamIndex", "make_env"]
+__all__ = [
+    "CameraJitter",
+    "ColorGrid",
+    "DistractingCS",
+    "NaturalVideo",
+    "NoisySensor",
+    "PreviousStep",
+    "Render",
+    "SeededTransformedEnv",
+    "StreamIndex",
+    "make_env",
+]

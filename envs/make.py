@@ -13,12 +13,13 @@ from envs.backends.dmc import DMCEnv
 from envs.backends.gym import GymnasiumEnv
 from envs.backends.mock import MockEnv
 from envs.choices import check_choice
+from envs.transforms.distraction import make_distraction
 from envs.transforms.previous_step import PreviousStep
 from envs.transforms.render import Render
 from envs.transforms.stream_index import StreamIndex
 
 BACKENDS = {"dmc": DMCEnv, "gym": GymnasiumEnv, "mock": MockEnv}
-RENDER_OPTIONS = ("camera", "fast")
+RENDER_OPTIONS = ("backend", "camera", "fast")
 
 
 class SeededTransformedEnv(TransformedEnv):
@@ -41,6 +42,12 @@ class SeededTransformedEnv(TransformedEnv):
                     reseed(int(child))
         return super().set_seed(seed, static_seed=static_seed)
 
+    def describe(self) -> dict[str, Any]:
+        """What its transforms say of themselves, by class, for the record of a run: which video is played, its hash."""
+        described: dict[str, Any] = {type(module).__name__: module for module in self.transform.modules()}
+        facts = {name: module.describe() for name, module in described.items() if hasattr(module, "describe")}
+        return {name: fact for name, fact in facts.items() if fact}
+
 
 def make_env(
     *,
@@ -52,6 +59,7 @@ def make_env(
     from_pixels: bool = True,
     pixels_only: bool = True,
     render: Mapping[str, Any] | None = None,
+    distraction: Mapping[str, Any] | None = None,
     seed: int = 0,
     stream: int | None = None,
     device: torch.device | str = "cpu",
@@ -67,8 +75,10 @@ def make_env(
         image_size: height and width of the images in pixels, at least 1.
         from_pixels: draw images.
         pixels_only: leave `observation` out where there are images.
-        render: `camera` (index or name, None for the usual one) and `fast` (a cheaper image, not the one that
-            benchmarks use).
+        render: `camera` (index or name, None for the usual one), `fast` (a cheaper image, not the one that
+            benchmarks use) and `backend` ("mujoco", or "mjwarp": ray casting, another image, fast without a GPU).
+        distraction: `name` of a distraction in `envs.transforms.distraction` and its options, such as
+            `{"name": "color_grid", "level": "action"}`; None or the name "none" for none.
         seed: of the environment and its transforms, in [0, 2**32).
         stream: number that marks the observations of this environment, None for no mark.
         device: where the tensors go.
@@ -77,21 +87,23 @@ def make_env(
     Writes:
         `pixels` uint8 `[h, w, 3]` and/or `observation` float32 `[O]`; `reward` float32 `[1]`; `is_init`,
         `terminated`, `truncated`, `done` bool `[1]`; `previous_action` `[A]`, `previous_reward` `[1]`;
-        `stream` int64 `[1]` if asked for.
+        `stream` int64 `[1]` if asked for; what the distraction writes.
 
     Raises:
-        ValueError: a name, task, count or option that does not exist; the message lists those that do.
+        ValueError: a name, task, count or option that does not exist; the message lists those that do. Or a
+            distraction without images.
         ImportError: the simulator of the backend is not installed.
     """
     check_choice("backend", backend, BACKENDS)
     for option in render or {}:
         check_choice("render option", option, RENDER_OPTIONS)
+    distractor = make_distraction(distraction)
+    if distractor is not None and not from_pixels:
+        raise ValueError(f"distraction={dict(distraction or {})}: needs images, from_pixels=True")
     base = BACKENDS[backend](name=name, task=task, frame_skip=frame_skip, seed=seed, device=device)
-    chain: list[Transform] = []
-    if from_pixels:
-        chain.append(Render(image_size, **(render or {})))
-        if pixels_only:
-            chain.append(ExcludeTransform("observation"))
+    chain = draw(image_size, render or {}, distractor) if from_pixels else []
+    if from_pixels and pixels_only:
+        chain.append(ExcludeTransform("observation"))
     chain += [item if isinstance(item, Transform) else item() for item in transforms]
     chain.append(PreviousStep())  # after the others, which may change the reward
     if stream is not None:
@@ -99,4 +111,22 @@ def make_env(
     chain.append(InitTracker())
     env = SeededTransformedEnv(base, Compose(chain))
     env.set_seed(seed)
+    _ = env.observation_spec  # transforms that do not fit the environment complain here, not at the first reset
     return env
+
+
+def draw(image_size: int, render: Mapping[str, Any], distraction: Transform | None) -> list[Transform]:
+    """The transforms that draw an image with its distraction.
+
+    Args:
+        image_size: height and width in pixels.
+        render: options of `envs.Render`.
+        distraction: see `envs.transforms.distraction`; None for none.
+    """
+    needs = getattr(distraction, "render_options", {})
+    chain: list[Transform] = [Render(image_size, **{**render, **needs})]
+    if distraction is not None:
+        chain.insert(0 if getattr(distraction, "before_render", False) else 1, distraction)
+    if needs.get("mask") and not getattr(distraction, "emit_mask", False):
+        chain.append(ExcludeTransform("mask"))
+    return chain

@@ -15,6 +15,7 @@ from dreamer.collection import make_collector
 from dreamer.replay import SequenceReplay
 from dreamer.train import build, check, choose_device, choose_run_dir
 from envs import make_env
+from envs.transforms.distraction import make_distraction
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SIZES = sorted(path.stem for path in (CONFIGS / "agent/size").glob("*.yaml"))
@@ -34,7 +35,7 @@ def group(name: str) -> list[str]:
     "override",
     [
         f"{name}={choice}"
-        for name in ("env", "collector", "replay_buffer", "optimization", "logger")
+        for name in ("env", "env/distraction", "collector", "replay_buffer", "optimization", "logger")
         for choice in group(name)
     ]
     + [f"agent/size={size}" for size in SIZES]
@@ -42,6 +43,13 @@ def group(name: str) -> list[str]:
 )
 def test_every_choice_composes(override):
     assert config(override)["agent"]["name"] == "dreamer_v3"
+
+
+@pytest.mark.parametrize("choice", group("env/distraction"))
+def test_distractions_can_be_made(choice):
+    """Keys equal keyword names, and the values fit together."""
+    options = config(f"env/distraction={choice}")["env"]["distraction"]
+    assert (make_distraction(options) is None) == (choice == "none")
 
 
 def keywords(function) -> set[str]:

@@ -12,6 +12,8 @@ import psutil
 import pytest
 from omegaconf import OmegaConf
 
+from tests.helpers import make_run
+
 ROOT = Path(__file__).parents[1]
 SMALL = [
     "env=mock",
@@ -64,6 +66,12 @@ def test_run_folder_is_complete(tmp_path):
     assert (run_dir / "checkpoint").is_dir()
     assert "random actions" in result.stdout and "left" in result.stdout
     assert str(run_dir) in result.stdout
+
+
+def test_a_run_records_its_video(tmp_path):
+    make_run(tmp_path, "env.from_pixels=true", "env/distraction=natural_video").collector.shutdown()
+    facts = json.loads((tmp_path / "environment.json").read_text())
+    assert facts["NaturalVideo"]["split"] == "train", facts
 
 
 @pytest.mark.slow

@@ -13,9 +13,13 @@ from envs.backends.actions import ActionScale
 from envs.backends.base import BackendEnv
 from envs.choices import choose_task
 from envs.gl import require_gl_backend
-from envs.tasks import default_camera
+from envs.tasks import default_camera, reward_range
 
 FAST_FLAGS = {"shadow": False, "reflection": False}
+GEOM = 5  # mujoco.mjtObj.mjOBJ_GEOM
+HEIGHT_FIELD = 1  # mujoco.mjtGeom.mjGEOM_HFIELD, the terrain of quadruped escape
+FLOOR_MATERIAL = "grid"  # of the checkered ground in every domain of the suite, and of nothing else
+SCENERY_MATERIAL = "background"  # of the plane behind the arm of manipulator and stacker, and of nothing else
 
 
 class DMCEnv(BackendEnv):
@@ -37,6 +41,8 @@ class DMCEnv(BackendEnv):
     Raises:
         ValueError: the domain or the task does not exist, or `frame_skip` is below 1.
     """
+
+    clips_action = True
 
     def __init__(
         self,
@@ -60,6 +66,8 @@ class DMCEnv(BackendEnv):
             width=sum(int(np.prod(spec.shape)) for spec in shapes.values()),
         )
         self._cameras: dict[tuple, Any] = {}
+        self._background: dict[bool, np.ndarray] = {}
+        self._ray_caster: Any = None
         self._fast: bool | None = None
         self.is_closed = False
 
@@ -67,6 +75,11 @@ class DMCEnv(BackendEnv):
     def physics(self) -> Any:
         """The `dm_control.mujoco.Physics` of the current task."""
         return self._env.physics
+
+    @property
+    def frame_rewards(self) -> tuple[float | tuple[float, float], ...] | None:
+        """The rewards that a simulator frame may give, as points and (low, high) intervals; None if unknown."""
+        return reward_range(self.name, self.task)
 
     def _observe(self, observation: dict[str, np.ndarray]) -> torch.Tensor:
         parts = [observation[name] for name in self._observation_names]
@@ -90,7 +103,15 @@ class DMCEnv(BackendEnv):
     def _set_seed(self, seed: int | None) -> None:
         self._env.task.random.seed(seed)
 
-    def render(self, height: int, width: int, camera: int | str | None = None, fast: bool = False) -> torch.Tensor:
+    def render(
+        self,
+        height: int,
+        width: int,
+        camera: int | str | None = None,
+        fast: bool = False,
+        *,
+        reflections: bool = True,
+    ) -> torch.Tensor:
         """Draws the current state.
 
         Args:
@@ -99,6 +120,7 @@ class DMCEnv(BackendEnv):
             camera: index or name, -1 for the free camera, None for the one that benchmarks use.
             fast: leave out shadows, reflections and multisampling. Several times faster without a graphics card,
                 but another image. The first call decides for the lifetime of the environment.
+            reflections: draw what the floor mirrors; False where the floor is replaced anyway.
 
         Returns:
             uint8 image, `[height, width, 3]`.
@@ -107,11 +129,87 @@ class DMCEnv(BackendEnv):
             ValueError: there is no such camera, or `fast` differs from the first call.
             RuntimeError: no OpenGL backend works here.
         """
+        flags = FAST_FLAGS if fast else None if reflections else {"reflection": False}
+        image = self._camera(height, width, camera, fast).render(render_flag_overrides=flags)
+        return torch.from_numpy(image.copy())  # [h, w, 3]
+
+    def foreground_mask(
+        self, height: int, width: int, camera: int | str | None = None, replace_floor: bool = True
+    ) -> torch.Tensor:
+        """Marks the pixels of everything but the sky and the floor, from the simulator's segmentation.
+
+        Goals, sites, walls and rails are foreground; the plane behind the arm of manipulator and stacker is not. The
+        edges are hard, those of the image from `render` are smoothed: a rim of one pixel has a trace of both sides.
+
+        Args:
+            height: pixels, as in `render`.
+            width: pixels, as in `render`.
+            camera: index or name, as in `render`.
+            replace_floor: whether the floor counts as background: what has the material "grid", and terrain.
+
+        Returns:
+            bool mask, `[height, width]`, True on the foreground.
+
+        Raises:
+            ValueError: there is no such camera.
+            RuntimeError: no OpenGL backend works here.
+        """
+        objects = self._camera(height, width, camera, bool(self._fast)).render(segmentation=True)  # [h, w, 2]
+        return self._foreground(objects, replace_floor)
+
+    def ray_cast(
+        self,
+        height: int,
+        width: int,
+        camera: int | str | None = None,
+        fast: bool = False,
+        *,
+        replace_floor: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draws the current state and marks its foreground without OpenGL, see `envs.backends.warp_renderer`.
+
+        Args:
+            height: pixels, at least 1.
+            width: pixels, at least 1.
+            camera: index or name, as in `render`.
+            fast: leave out shadows.
+            replace_floor: whether the floor counts as background in the mask.
+
+        Returns:
+            uint8 image, `[height, width, 3]`, without reflections and with hard edges, and bool mask,
+            `[height, width]`, True on the foreground.
+
+        Raises:
+            ImportError: `mujoco_warp` is not installed.
+            ValueError: there is no such camera.
+        """
+        if self._ray_caster is None:
+            from envs.backends.warp_renderer import WarpRenderer
+
+            self._ray_caster = WarpRenderer(self.physics)
+        camera = default_camera(self.name) if camera is None else camera
+        image, objects = self._ray_caster.render(height, width, camera, shadows=not fast)
+        return torch.from_numpy(image), self._foreground(objects, replace_floor)
+
+    def _foreground(self, objects: np.ndarray, replace_floor: bool) -> torch.Tensor:
+        ids, kinds = np.moveaxis(objects, -1, 0)  # [h, w]
+        background = self._background_geoms(replace_floor).take(ids, mode="clip") & (kinds == GEOM)
+        return torch.from_numpy((ids >= 0) & ~background)
+
+    def _background_geoms(self, replace_floor: bool) -> np.ndarray:
+        """Which geoms are background: bool `[ngeom]`. Their materials never change."""
+        if replace_floor not in self._background:
+            model, names = self.physics.model, {SCENERY_MATERIAL, *([FLOOR_MATERIAL] if replace_floor else [])}
+            numbers = [index for index in range(model.nmat) if model.id2name(index, "material") in names]
+            terrain = (model.geom_type == HEIGHT_FIELD) & replace_floor
+            self._background[replace_floor] = np.isin(model.geom_matid, numbers) | terrain
+        return self._background[replace_floor]
+
+    def _camera(self, height: int, width: int, camera: int | str | None, fast: bool) -> Any:
         key = (height, width, camera, fast)
         if key not in self._cameras:
             self._cameras[key] = self._make_camera(*key)
-        image = self._cameras[key].render(render_flag_overrides=FAST_FLAGS if fast else None)
-        return torch.from_numpy(image.copy())  # [h, w, 3]
+        return self._cameras[key]
 
     def _make_camera(self, height: int, width: int, camera: int | str | None, fast: bool) -> Any:
         """A camera is kept, because making one costs more than drawing a fast image."""
@@ -133,11 +231,12 @@ class DMCEnv(BackendEnv):
         return Camera(self.physics, height, width, camera)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cameras": {}}  # an OpenGL context stays in its process
+        return {**self.__dict__, "_cameras": {}, "_ray_caster": None}  # an OpenGL context stays in its process
 
     def close(self, *, raise_if_closed: bool = True) -> None:
         """Frees the simulator and its OpenGL context."""
         if not self.is_closed:
             self._cameras.clear()
+            self._ray_caster = None
             self.physics.free()
         super().close(raise_if_closed=raise_if_closed)

@@ -37,6 +37,8 @@ class GymnasiumEnv(GymEnv):
         ValueError: the id is not registered, `task` is given, or `frame_skip` is below 1.
     """
 
+    clips_action = True
+
     def __init__(
         self,
         *,

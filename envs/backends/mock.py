@@ -52,6 +52,8 @@ class MockEnv(BackendEnv):
         ValueError: the name or the task does not exist, or `frame_skip` is below 1.
     """
 
+    clips_action = True
+
     def __init__(
         self,
         *,
@@ -115,7 +117,15 @@ class MockEnv(BackendEnv):
         self._random = np.random.default_rng(seed)
         self._episode = -1
 
-    def render(self, height: int, width: int, camera: int | str | None = None, fast: bool = False) -> torch.Tensor:
+    def render(
+        self,
+        height: int,
+        width: int,
+        camera: int | str | None = None,
+        fast: bool = False,
+        *,
+        reflections: bool = True,
+    ) -> torch.Tensor:
         """Draws the current state: a uniform image, whatever the camera.
 
         Args:
@@ -123,6 +133,7 @@ class MockEnv(BackendEnv):
             width: pixels.
             camera: ignored.
             fast: ignored.
+            reflections: ignored.
 
         Returns:
             uint8 image, `[height, width, 3]`.
@@ -134,3 +145,23 @@ class MockEnv(BackendEnv):
         else:
             level = round((float(self._target[0]) + 1) / 2 * 255)
         return torch.full((height, width, 3), level, dtype=torch.uint8)  # [h, w, 3]
+
+    def foreground_mask(
+        self, height: int, width: int, camera: int | str | None = None, replace_floor: bool = True
+    ) -> torch.Tensor:
+        """Marks a rectangle in the middle, half as high and half as wide as the image, whatever the camera.
+
+        Args:
+            height: pixels.
+            width: pixels.
+            camera: ignored.
+            replace_floor: False marks the lowest quarter of the image as well.
+
+        Returns:
+            bool mask, `[height, width]`, True on the foreground.
+        """
+        mask = torch.zeros(height, width, dtype=torch.bool)
+        mask[height // 4 : height - height // 4, width // 4 : width - width // 4] = True
+        if not replace_floor:
+            mask[height - height // 4 :] = True
+        return mask  # [h, w]

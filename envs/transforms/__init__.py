@@ -1,7 +1,20 @@
-"""TorchRL transforms: images, what led to an observation, which stream it belongs to."""
+"""TorchRL transforms: images, distractions, what led to an observation, which stream it belongs to."""
 
+from envs.transforms.color_grid import ColorGrid
+from envs.transforms.denoised_mdp import CameraJitter, NoisySensor
+from envs.transforms.distracting_cs import DistractingCS
+from envs.transforms.natural_video import NaturalVideo
 from envs.transforms.previous_step import PreviousStep
 from envs.transforms.render import Render
 from envs.transforms.stream_index import StreamIndex
 
-__all__ = ["PreviousStep", "Render", "StreamIndex"]
+__all__ = [
+    "CameraJitter",
+    "ColorGrid",
+    "DistractingCS",
+    "NaturalVideo",
+    "NoisySensor",
+    "PreviousStep",
+    "Render",
+    "StreamIndex",
+]

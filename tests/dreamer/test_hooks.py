@@ -316,6 +316,15 @@ class TestEvaluate:
         hook = next(op for op, _ in trainer._post_steps_log_ops if isinstance(getattr(op, "__wrapped__", op), Evaluate))
         return trainer, getattr(hook, "__wrapped__", hook)
 
+    @pytest.mark.parametrize(
+        ("overrides", "name"), [((), "color_grid"), (("env/distraction@eval.distraction=none",), "none")]
+    )
+    def test_distraction(self, tmp_path, overrides, name):
+        """As in training, unless the evaluation has one of its own."""
+        trainer, hook = self.make(tmp_path, "env.from_pixels=true", "env/distraction=color_grid_action", *overrides)
+        assert hook.make_env.env["distraction"]["name"] == name
+        trainer.collector.shutdown()
+
     def test_leaves_everything_as_it_was(self, tmp_path):
         """Networks, statistics of the returns, replay and random numbers; also the first time, which makes the envs."""
         trainer, evaluate = self.make(tmp_path)

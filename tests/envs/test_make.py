@@ -106,7 +106,7 @@ def test_streams_side_by_side():
         ({"name": "count"}, r"name='count': choose one of counter, reach \(did you mean counter\?\)"),
         ({"task": None}, r"task=None: .* choose one of continuous, discrete, terminating"),
         ({"task": "discreet"}, r"task='discreet': .*did you mean discrete"),
-        ({"render": {"quick": True}}, r"render option='quick': choose one of camera, fast"),
+        ({"render": {"quick": True}}, r"render option='quick': choose one of backend, camera, fast"),
         ({"frame_skip": 0}, r"frame_skip=0: .*at least 1"),
         ({"frame_skip": True}, r"frame_skip=True"),
         ({"frame_skip": 2.0}, r"frame_skip=2\.0"),
