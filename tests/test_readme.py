@@ -96,11 +96,11 @@ def test_make_installs_what_the_readme_says():
         assert all(word in makefile for word in words), command
 
 
-def test_scripts_exist_and_explain_themselves():
-    for command in commands("python scripts/"):
-        arguments = [*shlex.split(command)[1:], "--help"]
-        result = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-        assert "usage" in result.stdout
+@pytest.mark.parametrize("command", commands("python scripts/"))
+def test_scripts_exist_and_explain_themselves(command):
+    arguments = [*shlex.split(command)[1:], "--help"]
+    result = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "usage" in result.stdout
 
 
 def test_gl_command_prints_the_backend():
