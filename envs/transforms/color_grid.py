@@ -212,8 +212,8 @@ class ColorGrid(Transform):
     # What happens in a step.
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        index = self._attach()
-        self._t = self._t + 1
+        index, moves = self._attach(), tensordict.get("_step", None)  # [...], rows of a batch that take this step
+        self._t = self._t + (1 if moves is None else moves.view(next_tensordict.batch_size).numpy(force=True))
         action = reward = None
         if self.level in USES_ACTION:
             action = self._checked(tensordict.get("action").numpy(force=True))  # [..., A]

@@ -446,6 +446,16 @@ def replay_batch(actions: torch.Tensor):
     return lambda tensordict: tensordict.set("action", next(steps))
 
 
+def test_rows_that_do_not_step_keep_their_time():
+    env = TransformedEnv(SerialEnv(2, [partial(frames_of, 9)] * 2), ColorGrid("sequence", emit_index=True))
+    data = env.reset()
+    for rows in ([True, True], [True, False], [True, False], [True, True]):
+        data["action"], data["_step"] = env.action_spec.zero(), torch.tensor(rows)
+        following = env.step(data)["next"]
+        data = env.step_mdp(data).exclude("_step")
+    assert following["distractor_index"].flatten().tolist() == [4, 2]
+
+
 def test_partial_reset_keeps_the_rows_that_go_on():
     env = TransformedEnv(
         SerialEnv(2, [partial(frames_of, 9)] * 2), ColorGrid("sequence", reset_mode="random", emit_index=True)
