@@ -4,11 +4,13 @@ from envs.gl import choose_gl_backend
 
 choose_gl_backend()  # before the imports below, because they import MuJoCo, which reads the choice only then
 
-from envs.make import SeededTransformedEnv, make_env  # noqa: E402
+from envs.make import make_env  # noqa: E402
+from envs.seeded import SeededTransformedEnv  # noqa: E402
 from envs.transforms import (  # noqa: E402
     CameraJitter,
     ColorGrid,
     DistractingCS,
+    FiniteGuard,
     NaturalVideo,
     NoisySensor,
     PreviousStep,
@@ -20,6 +22,7 @@ __all__ = [
     "CameraJitter",
     "ColorGrid",
     "DistractingCS",
+    "FiniteGuard",
     "NaturalVideo",
     "NoisySensor",
     "PreviousStep",

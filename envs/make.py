@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from torchrl.envs import Compose, ExcludeTransform, InitTracker, Transform, TransformedEnv
+from torchrl.envs import Compose, ExcludeTransform, InitTracker, Transform
 
 from envs.backends.dmc import DMCEnv
 from envs.backends.gym import GymnasiumEnv
 from envs.backends.mock import MockEnv
 from envs.choices import check_choice
+from envs.seeded import SeededTransformedEnv
 from envs.transforms.distraction import make_distraction
 from envs.transforms.previous_step import PreviousStep
 from envs.transforms.render import Render
@@ -20,33 +20,6 @@ from envs.transforms.stream_index import StreamIndex
 
 BACKENDS = {"dmc": DMCEnv, "gym": GymnasiumEnv, "mock": MockEnv}
 RENDER_OPTIONS = ("backend", "camera", "fast")
-
-
-class SeededTransformedEnv(TransformedEnv):
-    """A `TransformedEnv` whose seed reaches its stochastic transforms too.
-
-    Every transform that has a method `set_seed(seed)` gets a seed of its own, which depends on the seed of the
-    environment and on the position of the transform. Add transforms with `append_transform`: wrapping this
-    environment in another `TransformedEnv` unwraps it, and the seed no longer reaches them.
-
-    Differs: `TransformedEnv.set_seed` seeds the base environment only.
-    """
-
-    def set_seed(self, seed: int | None = None, static_seed: bool = False) -> int | None:
-        if seed is not None:
-            transforms = [module for module in self.transform.modules() if isinstance(module, Transform)]
-            children = np.random.SeedSequence(seed).generate_state(len(transforms))
-            for transform, child in zip(transforms, children, strict=True):
-                reseed = getattr(transform, "set_seed", None)
-                if reseed is not None:
-                    reseed(int(child))
-        return super().set_seed(seed, static_seed=static_seed)
-
-    def describe(self) -> dict[str, Any]:
-        """What its transforms say of themselves, by class, for the record of a run: which video is played, its hash."""
-        described: dict[str, Any] = {type(module).__name__: module for module in self.transform.modules()}
-        facts = {name: module.describe() for name, module in described.items() if hasattr(module, "describe")}
-        return {name: fact for name, fact in facts.items() if fact}
 
 
 def make_env(
@@ -79,7 +52,7 @@ def make_env(
             benchmarks use) and `backend` ("mujoco", or "mjwarp": ray casting, another image, fast without a GPU).
         distraction: `name` of a distraction in `envs.transforms.distraction` and its options, such as
             `{"name": "color_grid", "level": "action"}`; None or the name "none" for none.
-        seed: of the environment and its transforms, in [0, 2**32).
+        seed: of the environment and its transforms, in [0, 2**32); every episode derives its own.
         stream: number that marks the observations of this environment, None for no mark.
         device: where the tensors go.
         transforms: more transforms, or functions that make them, to apply after the images are drawn.

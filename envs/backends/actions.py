@@ -23,5 +23,10 @@ class ActionScale:
         self.centre = (low + high) / 2  # [A]
         self.half = (high - low) / 2  # [A]
 
+    @property
+    def bounds(self) -> tuple[list[float], list[float]]:
+        """What -1 and 1 become, `[A]` each."""
+        return (self.centre - self.half).tolist(), (self.centre + self.half).tolist()
+
     def __call__(self, action: np.ndarray) -> np.ndarray:
         return self.centre + self.half * action.clip(-1.0, 1.0)  # [A]

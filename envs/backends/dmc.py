@@ -81,6 +81,11 @@ class DMCEnv(BackendEnv):
         """The rewards that a simulator frame may give, as points and (low, high) intervals; None if unknown."""
         return reward_range(self.name, self.task)
 
+    @property
+    def action_bounds(self) -> tuple[list[float], list[float]]:
+        """The lowest and the highest action of the simulator itself, which -1 and 1 stand for."""
+        return self._scale.bounds
+
     def _observe(self, observation: dict[str, np.ndarray]) -> torch.Tensor:
         parts = [observation[name] for name in self._observation_names]
         return torch.from_numpy(np.concatenate(parts, axis=None, dtype=np.float32))  # [O]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tensordict import TensorDictBase
 from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs import GymEnv
 
@@ -34,10 +35,12 @@ class GymnasiumEnv(GymEnv):
 
     Raises:
         ImportError: gymnasium is not installed.
-        ValueError: the id is not registered, `task` is given, or `frame_skip` is below 1.
+        ValueError: the id is not registered or its module not found, `task` is given, `frame_skip` is below 1; or an
+            observation has not the size that its space says.
     """
 
     clips_action = True
+    _reset_seed: int | None = None  # of the next reset
 
     def __init__(
         self,
@@ -58,6 +61,9 @@ class GymnasiumEnv(GymEnv):
             raise ValueError(f"task={task!r}: a Gymnasium id has no tasks, leave it out")
         try:
             super().__init__(name, frame_skip=frame_skip, render_mode="rgb_array", device=device, **kwargs)
+        except ModuleNotFoundError as error:
+            missing = getattr(error.__cause__, "name", None) or error.name or name.partition(":")[0]
+            raise ValueError(f"name={name!r}: no module {missing!r}, put its folder on PYTHONPATH") from error
         except (gymnasium.error.UnregisteredEnv, gymnasium.error.DeprecatedEnv) as error:
             raise ValueError(f"name={name!r}: {error}{nearest(name, gymnasium.registry)}") from error
         if seed is not None:
@@ -75,11 +81,31 @@ class GymnasiumEnv(GymEnv):
             self._scale = ActionScale(bounds.low.astype(np.float64), bounds.high.astype(np.float64))
             self.action_spec = Bounded(-1.0, 1.0, torch.Size(bounds.shape), dtype=torch.float32)
 
+    def _set_seed(self, seed: int | None) -> None:
+        """Leaves the seed to the next reset, the only place where Gymnasium takes one."""
+        self._reset_seed = seed
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
+        seed, self._reset_seed = self._reset_seed, None
+        return super()._reset(tensordict, **(kwargs if seed is None else {"seed": seed, **kwargs}))
+
+    @property
+    def action_bounds(self) -> tuple[list[float], list[float]] | None:
+        """The lowest and the highest action of the environment itself, which -1 and 1 stand for; None if discrete."""
+        return None if self._scale is None else self._scale.bounds
+
     def read_obs(self, observations: Any) -> dict[str, torch.Tensor]:
         from gymnasium import spaces
 
-        flat = spaces.flatten(self._env.observation_space, observations)
-        return {"observation": torch.from_numpy(np.asarray(flat, dtype=np.float32).copy())}  # [O]
+        space = self._env.observation_space
+        flat = np.asarray(spaces.flatten(space, observations), dtype=np.float32)  # [O]
+        expected = tuple(self.observation_spec["observation"].shape)
+        if flat.shape != expected:
+            raise ValueError(
+                f"an observation of {flat.size} numbers, but {space} has {expected[0]}: let reset() and step() return "
+                "what observation_space says"
+            )
+        return {"observation": torch.from_numpy(flat.copy())}
 
     def read_action(self, action: torch.Tensor) -> Any:
         if self._scale is None:
@@ -101,6 +127,7 @@ class GymnasiumEnv(GymEnv):
         Raises:
             ValueError: a camera was asked for.
             RuntimeError: the environment cannot draw itself, or MuJoCo has no OpenGL backend.
+            TypeError: what it draws is not a uint8 image.
         """
         if camera is not None:
             raise ValueError(f"camera={camera!r}: a Gymnasium environment has one camera only, leave it out")
@@ -108,6 +135,8 @@ class GymnasiumEnv(GymEnv):
         frame = self._env.render()
         if not isinstance(frame, np.ndarray):
             raise RuntimeError(f"{self._env} gives no RGB image: use from_pixels=False")
+        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
+            raise TypeError(f"render() gives {frame.dtype} {list(frame.shape)}: return uint8 [h, w, 3] from 0 to 255")
         image = torch.from_numpy(frame.copy())  # [h', w', 3]
         if image.shape[:2] == (height, width):
             return image

@@ -117,6 +117,10 @@ class MockEnv(BackendEnv):
         self._random = np.random.default_rng(seed)
         self._episode = -1
 
+    def set_episode(self, episode: int) -> None:
+        """Gives the next episode a number, which "counter" shows."""
+        self._episode = episode - 1
+
     def render(
         self,
         height: int,

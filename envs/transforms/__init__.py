@@ -1,8 +1,9 @@
-"""TorchRL transforms: images, distractions, what led to an observation, which stream it belongs to."""
+"""TorchRL transforms: images, distractions, what led to an observation, its stream, a guard against NaN."""
 
 from envs.transforms.color_grid import ColorGrid
 from envs.transforms.denoised_mdp import CameraJitter, NoisySensor
 from envs.transforms.distracting_cs import DistractingCS
+from envs.transforms.finite_guard import FiniteGuard
 from envs.transforms.natural_video import NaturalVideo
 from envs.transforms.previous_step import PreviousStep
 from envs.transforms.render import Render
@@ -12,6 +13,7 @@ __all__ = [
     "CameraJitter",
     "ColorGrid",
     "DistractingCS",
+    "FiniteGuard",
     "NaturalVideo",
     "NoisySensor",
     "PreviousStep",
