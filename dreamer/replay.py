@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 
-from dreamer.replay_storage import RecordRings, enumerate_runs
+from dreamer.replay_storage import RecordRings, bring_to_disk, enumerate_runs
 
 STATE_FILE = "replay.json"
 
@@ -186,11 +186,40 @@ class SequenceReplay(RecordRings):
         self._next_new = written
         return records[torch.from_numpy(position >= self._oldest()[stream])]
 
+    def truncate(self, streams: Sequence[int] | None = None) -> list[int]:
+        """Mark the newest record of streams as the end of its episode, because a restart cut it there.
+
+        The next record of such a stream starts an episode. Without the mark the return of the cut one would run on
+        into that. With `done`, and without `terminated`, the critic's target for the record before bootstraps from the
+        imagined return of this record, which has no target of its own; the continue head learns that the task goes on.
+        The record keeps its latents, the true posterior: an imagination may start there, and as context they only
+        reach a record with `is_init`, where the model forgets them.
+
+        Args:
+            streams: which; None for all. Nobody may be writing them.
+
+        Returns:
+            Those that were marked: not empty and not at an end anyway.
+        """
+        written = self._written.numpy()
+        chosen = np.arange(self.num_streams) if streams is None else np.array(streams, dtype=np.int64)
+        chosen = chosen[written[chosen] > 0]
+        rows = self._rows(chosen, written[chosen] - 1)
+        done = self._get("done", rows)  # [s, 1]
+        self._put("done", rows, torch.ones_like(done), np.arange(len(done)))
+        return chosen[~done.flatten().cpu().numpy()].tolist()
+
     def dump(self, path: str | Path) -> None:
         """Write the records held and the reader's state into a folder: raw bytes and JSON.
 
+        That takes `len(self) * self.record_bytes` bytes and a few hundred more. Memory-mapped files of a `memmap_dir`
+        stay where they are and are copied like any other records. Everything is on the disk at return.
+
         Called `dump` so that `torchrl.checkpoint.Checkpoint` takes this object as it is. Other processes may
         go on writing. Batches prepared ahead are not kept.
+
+        Raises:
+            OSError: the disk is full, or something else failed; an incomplete folder is left.
         """
         wait(self._ahead)
         folder = Path(path)
@@ -205,10 +234,15 @@ class SequenceReplay(RecordRings):
             "next_new": self._next_new.tolist(),
             "generator": self._rng.bit_generator.state,
         }
-        (folder / STATE_FILE).write_text(json.dumps(state))
+        with open(folder / STATE_FILE, "w") as file:
+            file.write(json.dumps(state))
+            bring_to_disk(file)
 
     def load(self, path: str | Path) -> None:
         """Go on from a dump, while nobody writes; with `prefetch=0` the same batches follow as after `dump`.
+
+        The rings may have another length, as in a run that is made longer, as long as no record was overwritten there
+        and all fit here.
 
         Args:
             path: folder that `dump` wrote.
@@ -219,6 +253,8 @@ class SequenceReplay(RecordRings):
         folder = Path(path)
         state = json.loads((folder / STATE_FILE).read_text())
         there, here = state["layout"], self._describe_layout()
+        if max(state["written"]) <= min(there["ring_length"], self.ring_length):
+            there["ring_length"] = self.ring_length
         if differ := [key for key in there | here if there.get(key) != here.get(key)]:
             differences = ", ".join(f"{key}: {there.get(key)} there, {here.get(key)} here" for key in differ)
             raise ValueError(f"{folder} is of another replay ({differences}): build this one with its settings")

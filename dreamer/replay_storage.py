@@ -19,11 +19,13 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import IO
 
 import numpy as np
-import psutil
 import torch
 from tensordict import NestedKey, TensorDictBase
+
+from dreamer.memory_limits import available_memory
 
 UNLIMITED = torch.iinfo(torch.int64).max
 WAIT_SECONDS = 1e-3
@@ -83,7 +85,7 @@ class RecordRings:
         elif device.type == "cuda":
             self._claim(f"memory of {device}", torch.cuda.mem_get_info(device)[0])
         else:
-            self._claim("memory", psutil.virtual_memory().available)
+            self._claim("memory", available_memory())
         # torch.empty leaves its pages untouched: memory is taken as the records arrive.
         records = record.to("cpu").expand(self.capacity)
         self._storage = (
@@ -262,6 +264,7 @@ class RecordRings:
             with open(folder / _file_name(key), "wb") as file:
                 for rows, count in zip(self._by_stream(self._storage.get(key)), held, strict=True):
                     file.write(rows[:count].cpu().numpy())
+                bring_to_disk(file)
 
     def _read_files(self, folder: Path, held: np.ndarray) -> None:
         """Read back what `_write_files` wrote."""
@@ -321,6 +324,12 @@ def enumerate_runs(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Number `counts[e]` items of each e: counts [2, 0, 1] give e = [0, 0, 2] and items [0, 1, 0]."""
     first = np.repeat(counts.cumsum() - counts, counts)
     return np.repeat(np.arange(len(counts)), counts), np.arange(counts.sum()) - first
+
+
+def bring_to_disk(file: IO) -> None:
+    """Wait until what was written to an open file is on the disk, where a power cut cannot reach it."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _attach(fields: dict) -> RecordRings:

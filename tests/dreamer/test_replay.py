@@ -11,7 +11,6 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from dreamer.replay_storage import RecordRings
 from tests.dreamer.replay_records import assert_equal, fill, make_latents, make_record, make_records, make_replay
 
 
@@ -237,71 +236,6 @@ def test_read_new_returns_what_is_left_of_it():
     fill(replay, 1, 3, 100)
     new = replay.read_new(["action"])
     assert new["stream"].unique().tolist() == [1] and new["action"][:, 0].tolist() == list(range(63, 103))
-
-
-class TestPersistence:
-    @pytest.mark.parametrize("count", [30, 250])
-    def test_goes_on_bit_exactly(self, tmp_path, count):
-        replay, other = make_replay(online=True), make_replay(online=True, seed=99)
-        fill(replay, 0, 0, count)
-        fill(replay, 1, 0, 20)
-        context = replay.sample()["context"]
-        replay.write_context(context["stream"], context["position"], make_latents(7))
-        replay.read_new(["reward"])
-        replay.dump(tmp_path / "replay")
-        held = min(count, 100) + 20
-        assert (tmp_path / "replay" / "pixels.bin").stat().st_size == held * 48
-        other.load(tmp_path / "replay")
-        for _ in range(3):
-            for each in (replay, other):
-                fill(each, 1, int(each._written[1]), 9)
-            assert_equal(replay.sample(), other.sample())
-            assert_equal(replay.read_new(["action"]), other.read_new(["action"]))
-        assert other.write_count == count + 20 + 27
-
-    def test_torchrl_checkpoint_takes_it(self, tmp_path):
-        from torchrl.checkpoint import Checkpoint
-
-        replay, other = make_replay(), make_replay()
-        fill(replay, 0, 0, 30)
-        Checkpoint(replay=replay).save(tmp_path / "checkpoint")
-        Checkpoint(replay=other).load(tmp_path / "checkpoint")
-        assert_equal(replay.sample(), other.sample())
-
-    def test_refuses_another_layout_or_a_short_file(self, tmp_path):
-        replay = make_replay()
-        fill(replay, 0, 0, 30)
-        replay.dump(tmp_path)
-        with pytest.raises(ValueError, match=r"num_streams: 2 there, 4 here, ring_length: 100 there, 50 here"):
-            make_replay(num_streams=4).load(tmp_path)
-        with pytest.raises(ValueError, match=r"action: \[2\] torch.float32 there, \[6\] torch.float32 here"):
-            make_replay(record=make_record(actions=6)).load(tmp_path)
-        file = tmp_path / "reward.bin"
-        file.write_bytes(file.read_bytes()[:-1])
-        other = make_replay()
-        with pytest.raises(ValueError, match=r"reward.bin has 119 bytes instead of 120"):
-            other.load(tmp_path)
-        assert len(other) == 0
-
-    def test_records_overwritten_during_the_copy_stay_out(self, tmp_path, monkeypatch):
-        replay = make_replay(num_streams=1, capacity=60)
-        fill(replay, 0, 0, 100)
-        copy = RecordRings._write_files
-
-        def copy_beside_a_writer(self, *args):
-            fill(replay, 0, 100, 15)
-            copy(self, *args)
-
-        monkeypatch.setattr(RecordRings, "_write_files", copy_beside_a_writer)
-        replay.dump(tmp_path)
-        other = make_replay(num_streams=1, capacity=60, batch_size=300)
-        other.load(tmp_path)
-        batch = other.sample()
-        assert batch["context", "position"].min() == 115 - 60 + 1
-        position = batch["context", "position"][:, None] + torch.arange(8)
-        assert torch.equal(batch["action"][..., 0].long(), position)
-        fill(other, 0, 100, 10)
-        assert other.write_count == 110
 
 
 class TestPrefetch:
