@@ -13,10 +13,13 @@ from typing import Any, NamedTuple
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
 from torchrl.data import Composite, TensorSpec
 from torchrl.envs import EnvBase, TensorDictPrimer
 from torchrl.objectives import LossModule
 from torchrl.trainers.trainers import OptimizationStepper
+
+SHARED = {"parts", "pictures"}  # modules that are no agents
 
 
 class EnvSpec(NamedTuple):
@@ -28,6 +31,14 @@ class EnvSpec(NamedTuple):
     @classmethod
     def of(cls, env: EnvBase) -> "EnvSpec":
         return cls(env.observation_spec, env.action_spec)
+
+
+class Media(NamedTuple):
+    """What an agent shows of a replay sample, by the names under which it is logged."""
+
+    images: dict[str, Tensor]  # uint8 [h, w, 3]
+    videos: dict[str, Tensor]  # uint8 [T, h, w, 3]
+    histograms: dict[str, Tensor]  # float [N]: values to count
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,7 @@ class Agent:
         to_records: Collected transitions [..., t] -> what is stored, flat [R].
         record: One stored record, zeros: the layout of the replay.
         hooks: Further (stage, callable) for the trainer. Usually none.
-        open_loop_video: A replay sample -> uint8 frames [T, h, w, 3], or None.
+        make_media: A replay sample -> pictures, videos and histograms of it, or None.
     """
 
     policy: TensorDictModuleBase
@@ -52,7 +63,7 @@ class Agent:
     to_records: Callable[[TensorDictBase], TensorDictBase]
     record: TensorDictBase
     hooks: tuple[tuple[str, Callable[..., Any]], ...] = ()
-    open_loop_video: Callable[[TensorDictBase], Any] | None = None
+    make_media: Callable[[TensorDictBase], Media] | None = None
 
 
 def load(name: str) -> ModuleType:
@@ -61,7 +72,7 @@ def load(name: str) -> ModuleType:
     Raises:
         ValueError: if there is none; the message lists the agents.
     """
-    choices = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "parts")
+    choices = sorted({module.name for module in pkgutil.iter_modules(__path__)} - SHARED)
     if name not in choices:
         raise ValueError(f"agent.name={name!r}: choose one of {choices}")
     return importlib.import_module(f"dreamer.agents.{name}")

@@ -16,12 +16,13 @@ from dreamer.agents.parts import (
     make_primers,
     make_record,
     make_world_model,
-    open_loop_video,
 )
+from dreamer.agents.pictures import make_media
 from dreamer.steppers import JointStepper
 from objectives import DreamerV3Loss, ImaginedActorCriticLoss, ReplayCriticLoss, WorldModelLoss
 
 OBSERVATIONS = ("pixels", "observation")
+GRADIENT_NORMS = (("wm/wm_grad_norm", "wm/grad_norm"), ("ac/actor_grad_norm",), ("ac/critic_grad_norm",))
 LOSSES = (WorldModelLoss, ImaginedActorCriticLoss, ReplayCriticLoss)
 
 
@@ -72,7 +73,7 @@ def build(
     replay_loss = ReplayCriticLoss(critic, slow_critic, weights=replay_weights, horizon=horizon, **critic_targets)
     loss = DreamerV3Loss(model_loss, actor_critic_loss, replay_loss).to(device)
 
-    norms = {"wm/wm_grad_norm": world_model, "ac/actor_grad_norm": actor, "ac/critic_grad_norm": critic}
+    norms = dict(zip(GRADIENT_NORMS, (world_model, actor, critic), strict=True))
     primers = make_primers(world_model.rssm)
     return Agent(
         policy=RecurrentPolicy(world_model, actor, codec),
@@ -81,7 +82,7 @@ def build(
         stepper=JointStepper(loss, loss.update_targets, norms, **optimization),
         to_records=ToRecords(observations, codec),
         record=make_record(env_spec, observations, codec, primers),
-        open_loop_video=partial(open_loop_video, model_loss) if "pixels" in observations else None,
+        make_media=partial(make_media, model_loss, actor_critic_loss),
     )
 
 

@@ -16,7 +16,6 @@ from dreamer.models.conv import MULTIPLIERS, ImageDecoder, ImageEncoder
 from dreamer.models.heads import ContinuousActor, DiscreteActor, Head
 from dreamer.models.rssm import RSSM
 from dreamer.models.world_model import VectorDecoder, VectorEncoder, WorldModel
-from objectives import WorldModelLoss
 from objectives.functional import NUM_BINS
 
 
@@ -216,33 +215,3 @@ class ToRecords:
         record = {key: observed[key] for key in (*self.observation_keys, "stream")}
         record |= {"action": self.codec.encode(action), "reward": reward, "terminated": never, "done": never}
         return TensorDict(record, observed.batch_size)
-
-
-@torch.no_grad()
-def open_loop_video(loss: WorldModelLoss, batch: TensorDictBase, context_steps: int = 5, rows: int = 4) -> Tensor:
-    """Compare real, reconstructed and imagined images on replayed sequences.
-
-    The imagined column is reconstructed for ``context_steps`` steps and then follows the recorded actions without
-    seeing another image.
-
-    Args:
-        loss: The world model's loss, for its model and its reading of a batch.
-        batch: Replay sample of at least two steps.
-        context_steps: Steps that the model sees; at most half of them.
-        rows: Sequences shown, one below the other.
-
-    Returns:
-        uint8 frames [T, rows * h, 3 * w, C]: real | reconstructed | imagined.
-    """
-    batch, context_steps = batch[:rows], min(context_steps, batch["action"].shape[1] // 2)
-    model, actions = loss.world_model, batch["action"][:, context_steps:]  # [B, T - c, A]
-    rollout = loss.observe(batch)
-    reconstructed = model.decode(rollout.belief, rollout.state)["pixels"]  # [B, T, h, w, C]
-    last = (rollout.belief[:, context_steps - 1], rollout.state[:, context_steps - 1])
-    imagined = model.rssm.imagine(lambda _, step: actions[:, step], *last, actions.shape[1])
-    sizes = [model.rssm.belief_size, model.rssm.state_size]
-    predicted = model.decode(*imagined.feature[:, 1:].split(sizes, -1))["pixels"]  # [B, T - c, h, w, C]
-    imagined_column = torch.cat([reconstructed[:, :context_steps], predicted], 1)
-    columns = torch.cat([batch["pixels"].float() / 255, reconstructed, imagined_column], 3)  # [B, T, h, 3w, C]
-    frames = columns.transpose(0, 1).flatten(1, 2)  # [T, B * h, 3w, C]
-    return (frames * 255).round().clamp(0, 255).to(torch.uint8)

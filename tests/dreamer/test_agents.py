@@ -10,10 +10,9 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from dreamer.agents import dreamer_v3, load
 from dreamer.agents.dreamer_v3 import LOSSES, partition
-from dreamer.agents.parts import ActionCodec, ToRecords, open_loop_video
+from dreamer.agents.parts import ActionCodec, ToRecords
 from objectives.functional import lambda_return
 from tests.helpers import (
-    IMAGE,
     compose_config,
     fix_samples,
     make_batch,
@@ -430,23 +429,6 @@ class TestAlignment:
             assert torch.equal(record["observation"], batch["observation"][b, 0])
             if not record["done"]:
                 assert_bfloat16_near(record["belief"], rollout.belief[b, 0])
-
-
-class TestOpenLoopVideo:
-    def test_columns(self):
-        """Real, reconstructed, imagined; the imagined column is the reconstructed one while the model sees."""
-        agent = make_small_agent(env_spec=make_env_spec(vector=False))
-        batch = make_batch(agent, batch_size=3, length=8)
-        frames = open_loop_video(agent.loss.model, batch, context_steps=4, rows=2)
-        height, width, channels = IMAGE
-        assert frames.shape == (8, 2 * height, 3 * width, channels) and frames.dtype == torch.uint8
-        real, reconstructed, imagined = frames.split(width, 2)
-        assert torch.equal(real, batch["pixels"][:2].transpose(0, 1).flatten(1, 2))
-        same = (reconstructed == imagined).flatten(1).all(1)
-        assert same.tolist() == [True] * 4 + [False] * 4
-
-    def test_agents_without_images_have_none(self):
-        assert make_small_agent(env_spec=make_env_spec(pixels=False)).open_loop_video is None
 
 
 class TestBuild:
