@@ -1,19 +1,22 @@
 """Collection: environments and policy into a TorchRL collector. Frames become agent steps here and nowhere else."""
 
 import copy
+import json
+import multiprocessing
+import os
+import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import nn
 from torchrl.collectors import BaseCollector, Collector, MultiAsyncCollector, MultiSyncCollector
 from torchrl.data import TensorSpec
@@ -21,8 +24,14 @@ from torchrl.envs import EnvBase, SerialEnv, TensorDictPrimer, TransformedEnv
 
 from dreamer.replay import SequenceReplay
 from envs import make_env
+from envs.make import SeededTransformedEnv
+from envs.transforms import FiniteGuard
+
+if TYPE_CHECKING:
+    from dreamer.trainer import Trainer
 
 MODES = ("sync", "multi_sync", "multi_async")
+HANDLED_BY_THE_LEARNER = (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # a terminal sends them to the workers as well
 
 
 def to_steps(frames: int, frame_skip: int) -> int:
@@ -35,8 +44,33 @@ def count_streams(mode: str, num_collectors: int, envs_per_collector: int) -> in
     return count_workers(mode, num_collectors) * envs_per_collector
 
 
+def count_records(config: Mapping[str, Any]) -> int:
+    """Records that the replay of a run reserves: no more than the run can fill, but two windows in every ring."""
+    replay, collection = config["replay_buffer"], config["collector"]
+    streams = count_streams(*(collection[key] for key in ("mode", "num_collectors", "envs_per_collector")))
+    most = to_steps(collection["total_frames"] + collection["frames_per_batch"], config["env"]["frame_skip"])
+    least = 2 * streams * (replay["sequence_length"] + 1)
+    return min(replay["size"], max(most, least)) // streams * streams
+
+
 def count_workers(mode: str, num_collectors: int) -> int:
     return 1 if mode == "sync" else num_collectors
+
+
+def end_with_parent() -> None:
+    """Wait until the parent process is gone, and end this one."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of this process.
+
+    Nothing of ours draws from those of Python and NumPy, but environments of users may.
+    """
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def derive_seed(*parts: int) -> int:
@@ -53,25 +87,35 @@ class EnvFactory:
         streams: Numbers of the streams that this worker writes.
         seed: Seed of the run; every stream derives its own.
         primers: Recurrent state that the environments carry.
-        seeds_process: Seed the global generator of the worker process as well, for the policy's samples.
+        worker: This is for a process of its own: seed its global generator too, for the policy's samples, and leave
+            the signals that end a run to the learner.
+        guard: What to do about rewards and observations that are not finite; None for nothing.
     """
 
     env: Mapping[str, Any]
     streams: range
     seed: int
     primers: TensorDictPrimer | None
-    seeds_process: bool = False
+    worker: bool = False
+    guard: FiniteGuard | None = None
 
     def __call__(self) -> EnvBase:
-        if self.seeds_process:
-            torch.manual_seed(derive_seed(self.seed, self.streams.start, 1))
-        makers = [
-            partial(make_env, **self.env, seed=derive_seed(self.seed, stream), stream=stream) for stream in self.streams
-        ]
+        if self.worker:
+            seed_everything(derive_seed(self.seed, self.streams.start, 1))
+            for number in HANDLED_BY_THE_LEARNER:
+                signal.signal(number, signal.SIG_IGN)
+            threading.Thread(target=end_with_parent, daemon=True).start()
+        makers = [partial(self._make, stream) for stream in self.streams]
         base = makers[0]() if len(makers) == 1 else TransformedEnv(SerialEnv(len(makers), makers))
         if self.primers is not None:
             base.append_transform(self.primers.clone())
         return base
+
+    def _make(self, stream: int) -> EnvBase:
+        env = make_env(**self.env, seed=derive_seed(self.seed, stream), stream=stream)
+        if self.guard is not None:
+            env.append_transform(self.guard.clone())
+        return env
 
 
 class ActingPolicy:
@@ -92,12 +136,15 @@ class ActingPolicy:
     def __init__(self, policy: nn.Module, action_spec: TensorSpec, *, random_steps: int, shared: bool):
         self.policy = copy.deepcopy(policy).cpu().requires_grad_(False).share_memory() if shared else policy
         self.action_spec, self.random_steps = action_spec, random_steps
+        self.clock = torch.zeros(2, dtype=torch.float64).share_memory_()  # [2] seconds and steps, over all workers
 
     def __call__(self, tensordict: TensorDictBase) -> TensorDictBase:
+        start = time.perf_counter()
         tensordict = self.policy(tensordict)
         if self.random_steps > 0:
             self.random_steps -= tensordict.numel()
             tensordict["action"] = self.action_spec.rand(tensordict.batch_size)
+        self.clock += torch.tensor([time.perf_counter() - start, tensordict.numel()], dtype=torch.float64)
         return tensordict
 
     @torch.no_grad()
@@ -135,6 +182,7 @@ def make_collector(
     frames_per_batch: int,
     init_random_frames: int,
     seed: int,
+    guard: FiniteGuard | None = None,
 ) -> BaseCollector:
     """Build the collector of a run.
 
@@ -153,6 +201,7 @@ def make_collector(
         frames_per_batch: Frames per batch, over all workers.
         init_random_frames: Frames collected with uniformly random actions at the start.
         seed: Seed of the run.
+        guard: See :class:`EnvFactory`.
 
     Raises:
         ValueError: for an unknown mode, or counts that do not fit together.
@@ -162,7 +211,9 @@ def make_collector(
     workers = count_workers(mode, num_collectors)
     steps_per_batch = divide_batch(frames_per_batch, workers * envs_per_collector, frame_skip)
     factories = [
-        EnvFactory(env, range(i * envs_per_collector, (i + 1) * envs_per_collector), seed, primers, mode != "sync")
+        EnvFactory(
+            env, range(i * envs_per_collector, (i + 1) * envs_per_collector), seed, primers, mode != "sync", guard
+        )
         for i in range(workers)
     ]
     acting = ActingPolicy(
@@ -199,96 +250,48 @@ def make_collector(
     )
 
 
-class Watchdog:
-    """Notices collector workers that died or stopped, so that a run ends with an error instead of hanging.
+class CollectorState:
+    """Where the environments of a collector in this process are, as checkpoint state.
+
+    Workers in processes of their own are not asked: after a resume they begin new episodes.
 
     Args:
-        collector: Its workers are watched, if it has any.
-        replay: Where they write, to see whether they get on.
-        timeout: Seconds without progress after which a worker counts as stuck.
+        trainer: Its collector is meant.
+        setting: What the environments were made from; a state of other ones is not taken over.
     """
 
-    def __init__(self, collector: BaseCollector, replay: SequenceReplay, timeout: float):
-        self.workers = list(getattr(collector, "procs", ()))
-        self.replay, self.timeout = replay, timeout
-        self.counts = replay.stream_counts
-        self.last_progress = np.full(len(self.counts), time.monotonic())
+    def __init__(self, trainer: "Trainer", setting: Mapping[str, Any]):
+        self.trainer, self.setting = trainer, json.dumps(setting, sort_keys=True, default=str)
+        self.restored = False
 
-    def check(self) -> None:
-        """Look at free-running workers; to be called often.
+    def state_dict(self) -> dict[str, Any]:
+        collector = self.trainer.collector
+        if not isinstance(collector, Collector) or self.trainer.turns.collecting:
+            return {"setting": self.setting, "envs": []}
+        return {
+            "setting": self.setting,
+            "envs": [env.episode_state() for env in environments(collector.env)],
+            "carrier": collector._carrier.exclude("collector", "next").to_dict(),
+            "random_steps": collector.policy.random_steps,
+        }
 
-        Raises:
-            RuntimeError: if a worker is dead, or has written nothing for ``timeout`` seconds although it may.
-        """
-        self._raise_if_dead()
-        now, counts = time.monotonic(), self.replay.stream_counts
-        waiting = counts >= self.replay.write_limit  # for the learner
-        self.last_progress[(counts != self.counts) | waiting] = now
-        self.counts = counts
-        stuck = np.flatnonzero(now - self.last_progress > self.timeout)
-        if len(stuck):
-            worker = int(stuck[0]) * len(self.workers) // len(counts)
-            description = self._describe(worker)
-            self.kill()
-            raise RuntimeError(f"collector {description} wrote nothing for {self.timeout:g} s: {self._advice()}")
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Guard a call that waits for the workers: after ``timeout`` seconds they are killed and the call ends.
-
-        Raises:
-            RuntimeError: if that was necessary, or a worker is dead.
-        """
-        expired: list[str] = []
-
-        def expire() -> None:
-            expired.extend(self._describe(i) for i in range(len(self.workers)))
-            self.kill()
-
-        timer = threading.Timer(self.timeout, expire) if self.workers else None
-        if timer is not None:
-            timer.daemon = True
-            timer.start()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put every environment where it was, if that is possible; ``restored`` tells whether it was."""
+        collector, states = self.trainer.collector, state_dict["envs"]
+        if not isinstance(collector, Collector) or state_dict["setting"] != self.setting or not states:
+            return
         try:
-            yield
-        except RuntimeError as error:
-            if expired:
-                states = ", ".join(expired)
-                raise RuntimeError(
-                    f"no batch for {self.timeout:g} s from collector {states}: {self._advice()}"
-                ) from error
-            raise
-        finally:
-            if timer is not None:
-                timer.cancel()
-
-    def kill(self) -> None:
-        """End every worker at once, also one that is stopped and would not answer a request."""
-        for process in self.workers:
-            if process.is_alive():
-                process.kill()
-
-    def _raise_if_dead(self) -> None:
-        for index, process in enumerate(self.workers):
-            if not process.is_alive():
-                raise RuntimeError(
-                    f"collector worker {index} (pid {process.pid}) died with exit code {process.exitcode}"
-                    f"{signal_name(process.exitcode)}; its own output says why"
-                )
-
-    def _describe(self, index: int) -> str:
-        process = self.workers[index]
-        try:
-            state = psutil.Process(process.pid).status()
-        except psutil.Error:
-            state = "gone"
-        return f"worker {index} (pid {process.pid}, {state})"
-
-    @staticmethod
-    def _advice() -> str:
-        return "the run ends. If the environment is just slow, raise collector.timeout"
+            for env, state in zip(environments(collector.env), states, strict=True):
+                env.restore_episode(state)
+        except (RuntimeError, FloatingPointError) as error:
+            warnings.warn(f"episodes begin anew: {error}", stacklevel=2)
+            collector.reset()
+            return
+        collector._carrier.update(TensorDict(state_dict["carrier"], collector.env.batch_size))
+        collector.policy.random_steps = state_dict["random_steps"]
+        self.restored = True
 
 
-def signal_name(exitcode: int | None) -> str:
-    """ " (SIGKILL)" for an exit code of -9, empty for an ordinary one."""
-    return f" ({signal.Signals(-exitcode).name})" if exitcode is not None and exitcode < 0 else ""
+def environments(env: EnvBase) -> list[SeededTransformedEnv]:
+    """The single environments of what :class:`EnvFactory` made."""
+    return [env] if isinstance(env, SeededTransformedEnv) else env.base_env._envs

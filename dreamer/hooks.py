@@ -1,17 +1,16 @@
 """The hooks named in the table of :mod:`dreamer.trainer`. Each is called at one stage and does one thing."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from tensordict import TensorDictBase
 from torch import nn
 from torchrl.envs import EnvBase
-from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import RandomPolicy
 from torchrl.trainers.algorithms import DreamerV3UpdateRatio
+
+from dreamer.evaluation import Episodes, Interrupted, run_seeded_episodes
 
 if TYPE_CHECKING:
     from dreamer.trainer import Trainer
@@ -35,14 +34,18 @@ class UpdateRatio:
 
     def __call__(self) -> None:
         ready = self.replay.can_sample() and self.replay.write_count >= self.start_steps
-        owed = self.schedule(self.replay.write_count) if ready else 0
-        self.trainer.optim_steps_per_batch = max(owed, 0)  # below 0 when a run goes on without its records
+        self.trainer.optim_steps_per_batch = self.schedule(self.replay.write_count) if ready else 0
 
     def state_dict(self) -> dict[str, Any]:
         return self.schedule.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.schedule.load_state_dict(state_dict)
+        """Go on counting; the ratio stays the one of this run's settings."""
+        self.schedule.load_state_dict(state_dict | {"ratio": self.schedule.ratio})
+
+    def restart(self) -> None:
+        """Count anew, without a burst, when the records were lost."""
+        self.schedule = DreamerV3UpdateRatio(self.schedule.ratio)
 
 
 class ExtendReplay:
@@ -144,11 +147,20 @@ class Every:
         self.next = frames - frames % self.interval + self.interval
         return True
 
+    def state_dict(self) -> dict[str, int]:
+        return {"interval": self.interval, "next": self.next}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Take over when it is due next, unless the interval was changed."""
+        if state_dict["interval"] == self.interval:
+            self.next = state_dict["next"]
+
 
 class Evaluate:
     """Run whole episodes in environments of their own.
 
     Nothing that training uses is touched: not its environments, its replay, its statistics or its random numbers.
+    When the run is asked to stop meanwhile, the evaluation is given up and made again after the run was resumed.
 
     Args:
         trainer: Gives the frames and takes the results.
@@ -176,18 +188,29 @@ class Evaluate:
         self.trainer, self.make_env, self.policy, self.seed = trainer, make_env, policy, seed
         self.episodes, self.random_episodes, self.deterministic = episodes, random_episodes, deterministic
         self.due = Every(interval)
+        self.best: tuple[int, float] | None = None  # frames, mean return
         self.env: EnvBase | None = None
 
     def __call__(self, batch: TensorDictBase | None = None) -> dict[str, float] | None:
-        return self.run() if self.due(self.trainer.collected_frames) else None
+        due_at = self.due.next
+        if not self.due(self.trainer.collected_frames):
+            return None
+        try:
+            return self.run()
+        except Interrupted:
+            self.due.next = due_at
+            return None
 
     def run(self) -> dict[str, float]:
         """Evaluate the policy now."""
-        returns, lengths = self._run_episodes(self.policy, self.episodes)
+        episodes = self._run_episodes(self.policy, self.episodes)
+        mean = float(np.mean(episodes.returns))
+        if self.best is None or mean > self.best[1]:
+            self.best = (self.trainer.collected_frames, mean)
         return {
-            "eval/return_mean": float(np.mean(returns)),
-            "eval/return_std": float(np.std(returns)),
-            "eval/length_mean": float(np.mean(lengths)) * self.trainer.frame_skip,
+            "eval/return_mean": mean,
+            "eval/return_std": float(np.std(episodes.returns)),
+            "eval/length_mean": float(np.mean(episodes.lengths)) * self.trainer.frame_skip,
         }
 
     def finish(self) -> None:
@@ -195,69 +218,29 @@ class Evaluate:
         metrics = self.run()
         line = f"evaluation: return {metrics['eval/return_mean']:.1f} over {self.episodes} episodes"
         if self.random_episodes:
-            returns, _ = self._run_episodes(RandomPolicy(self.env.full_action_spec), self.random_episodes)
+            returns = self._run_episodes(RandomPolicy(self.env.full_action_spec), self.random_episodes).returns
             metrics["eval/random_return_mean"] = float(np.mean(returns))
             line += f", random actions {metrics['eval/random_return_mean']:.1f} over {self.random_episodes}"
         self.trainer.log_now(metrics)
-        print(line, flush=True)  # noqa: T201
+        self.trainer.console.print(line)
         self.env.close()
 
-    def _run_episodes(self, policy: Callable, episodes: int) -> tuple[list[float], list[int]]:
+    def state_dict(self) -> dict[str, Any]:
+        return {"due": self.due.state_dict(), "best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.due.load_state_dict(state_dict["due"])
+        self.best = state_dict["best"] and tuple(state_dict["best"])
+
+    def _run_episodes(self, policy: Callable, episodes: int) -> Episodes:
         if self.env is None:
             self.env = self.make_env()
-        kind = ExplorationType.DETERMINISTIC if self.deterministic else ExplorationType.RANDOM
-        with preserve_rng(self.seed), set_exploration_type(kind):
-            self.env.set_seed(self.seed)
-            return run_episodes(self.env, policy, episodes, next(self.policy.parameters()).device)
-
-
-@torch.no_grad()
-def run_episodes(env: EnvBase, policy: Callable, episodes: int, device: torch.device) -> tuple[list[float], list[int]]:
-    """Run whole episodes; return their returns and lengths (steps).
-
-    Args:
-        env: Batch size [] or [n]; n episodes run side by side.
-        policy: Reads and writes TensorDicts on ``device``.
-        episodes: Number of episodes.
-        device: Of the policy; the environment stays where it is.
-    """
-    returns: list[float] = []
-    lengths: list[int] = []
-    while len(returns) < episodes:
-        current = env.reset()
-        alive = torch.ones(*env.batch_size, 1, dtype=torch.bool)
-        total, steps = torch.zeros(alive.shape), torch.zeros(alive.shape, dtype=torch.int64)
-        while alive.any():
-            current.update(policy(current.to(device)).to(current.device))
-            arrived, current = env.step_and_maybe_reset(current)
-            total += arrived["next", "reward"] * alive
-            steps += alive
-            alive &= ~arrived["next", "done"]
-        returns += total.flatten().tolist()
-        lengths += steps.flatten().tolist()
-    return returns[:episodes], lengths[:episodes]
-
-
-@contextmanager
-def preserve_rng(seed: int) -> Iterator[None]:
-    """Seed torch inside, and leave its generators outside as they were."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-
-
-class OpenLoopVideo:
-    """Write a video that compares real and imagined images.
-
-    It shows sequences of the last update's batch, so that nothing is drawn from the replay for it.
-    """
-
-    def __init__(self, trainer: "Trainer", make_frames: Callable[[TensorDictBase], torch.Tensor], interval: int):
-        self.trainer, self.make_frames = trainer, make_frames
-        self.due = Every(interval, first=0)
-
-    def __call__(self, batch: TensorDictBase) -> None:
-        if self.due(self.trainer.collected_frames):
-            with preserve_rng(0):
-                frames = self.make_frames(batch)
-            self.trainer.logger.log_video("train/imagination/comparison", frames.cpu(), self.trainer.collected_frames)
+        return run_seeded_episodes(
+            self.env,
+            policy,
+            episodes,
+            next(self.policy.parameters()).device,
+            seed=self.seed,
+            deterministic=self.deterministic,
+            stop=self.trainer.should_stop,
+        )

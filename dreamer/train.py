@@ -9,34 +9,56 @@ per batch      pre_optim_steps         UpdateRatio             Decide how many u
   per update   process_optim_batch     SampleReplay            Draw windows of records onto the device
   per update   stepper                 JointStepper            One backward and one optimiser step for the whole loss
   per update   post_optim_log          WriteBackContext        Put the latents of an update back into the replay
-  per update   post_optim_log          OpenLoopVideo           Write a video that compares real and imagined images
+  per update   post_optim_log          LogMedia                Show what the model sees and imagines
 per batch      post_steps              SyncPolicy              Give the workers the newest weights
 per batch      post_steps_log          Evaluate                Run whole episodes in environments of their own
 per batch      post_steps_log          SaveCheckpoint          Save all state
 at the end     shutdown                Evaluate.finish         Evaluate a last time
-at the end     shutdown                SaveCheckpoint.save     Save a last time
+at the end     shutdown                SaveCheckpoint.save     Save all state now
 
 Other collectors hand their batches to the learner, which then makes the records itself.
 """
 
 import json
-from datetime import datetime
-from pathlib import Path
+import shutil
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from torchrl.collectors import BaseCollector
 
 import envs
 from dreamer.agents import Agent, EnvSpec, load
 from dreamer.allocator import keep_freed_memory
-from dreamer.collection import EnvFactory, count_streams, derive_seed, make_collector, to_steps
+from dreamer.collection import (
+    EnvFactory,
+    count_records,
+    count_streams,
+    derive_seed,
+    make_collector,
+    seed_everything,
+)
+from dreamer.evaluation import EVALUATION
+from dreamer.hook_graph import hook_graph
+from dreamer.interruption import EXIT_INTERRUPTED, stop_on_signals
 from dreamer.loggers import RunLogger, check_backends
+from dreamer.nonfinite import check_policy
+from dreamer.policy import describe_policy
+from dreamer.provenance import record_start
+from dreamer.redaction import redact, redact_command
 from dreamer.replay import SequenceReplay
-from dreamer.trainer import Trainer, hook_graph, make_trainer
+from dreamer.report import try_report
+from dreamer.run_folder import locked
+from dreamer.settings import Start, choose_run_dir, choose_start
+from dreamer.trainer import Trainer, make_trainer
+from envs.transforms import FiniteGuard
 
-EVALUATION = 2  # tag in derived seeds
+MEDIA = {"interval": "video_interval", "videos": "video", "images": "images", "histograms": "histograms"}
+LOGGER = ("backends", "project", "entity", "offline", "video_fps")
 POSITIVE = (
     "collector.total_frames",
     "collector.num_collectors",
@@ -44,6 +66,7 @@ POSITIVE = (
     "collector.timeout",
     "replay_buffer.size",
     "train_ratio",
+    "checkpoint.keep",
     "eval.episodes",
     "eval.num_envs",
     "logger.interval",
@@ -54,25 +77,46 @@ POSITIVE = (
 @hydra.main(config_path="../configs", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     """Build the parts from the configuration and run them."""
-    config = OmegaConf.to_container(cfg, resolve=True)
-    check(config)
+    config, overrides = OmegaConf.to_container(cfg, resolve=True), list(HydraConfig.get().overrides.task)
     run_dir = choose_run_dir(config)
-    trainer = build(config, run_dir)
-    print(f"{trainer.replay_buffer.describe()}\nrun folder: {run_dir}\n{hook_graph(trainer)}", flush=True)
-    trainer.train()
+    with locked(run_dir):
+        start = choose_start(config, run_dir, overrides, compose)
+        check(start.config)
+        trainer = build(start)
+        record_start(
+            run_dir,
+            command=redact_command(sys.argv),
+            frames=start.frames,
+            resumed_from=start.checkpoint and start.checkpoint.name,
+            overrides=redact_command(overrides),
+        )
+        announce(start, trainer)
+        with stop_on_signals(trainer):
+            try:
+                trainer.train()
+            finally:
+                trainer.logger.close()
+                try_report([run_dir], defaults=compose([]))
+    if trainer.should_stop():
+        sys.exit(EXIT_INTERRUPTED)
 
 
-def build(config: dict[str, Any], run_dir: Path) -> Trainer:
-    """Build the trainer of a run from its plain configuration. The run folder is made when all else succeeded."""
+def compose(overrides: Sequence[str]) -> dict[str, Any]:
+    """The configuration of a new run with these overrides."""
+    return OmegaConf.to_container(hydra.compose("train", overrides=list(overrides)), resolve=True)
+
+
+def build(start: Start) -> Trainer:
+    """Build the trainer of a run, with the state of the checkpoint if there is one.
+
+    The run folder is written to when all else succeeded.
+    """
+    config, run_dir = start.config, start.run_dir
     env, collection, log, seed = config["env"], config["collector"], config["logger"], config["seed"]
-    frame_skip, total_frames = env["frame_skip"], collection["total_frames"]
     device = choose_device(config["device"])
-    threads = config["threads"] or torch.get_num_threads()
-    torch.manual_seed(seed)
+    seed_everything(seed)
 
-    probe = envs.make_env(**env)
-    env_spec, env_facts = EnvSpec.of(probe), probe.describe()
-    probe.close()
+    env_spec, files = describe(config)
     agent = load(config["agent"]["name"]).build(
         env_spec=env_spec,
         device=device,
@@ -80,60 +124,134 @@ def build(config: dict[str, Any], run_dir: Path) -> Trainer:
         **without(config["agent"], "name"),
     )
     replay = make_replay(config, agent, device)
-    collector = make_collector(
-        env=env,
-        policy=agent.policy,
-        action_spec=env_spec.action,
-        primers=agent.primers,
-        to_records=agent.to_records,
-        replay=replay,
-        frame_skip=frame_skip,
-        seed=seed,
-        **without(collection, "total_frames", "sync_interval", "timeout"),
-    )
-    torch.set_num_threads(threads)  # after the collector, because collectors with workers change it
+    guard = FiniteGuard(config["nan_policy"])
+    make = collector_factory(config, agent, env_spec, replay, guard)
+    collector = make(start.frames)
     run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(config), run_dir / "config.yaml")
-    if env_facts:
-        (run_dir / "environment.json").write_text(json.dumps(env_facts, indent=2))
+    copy_history(start)
     evaluation = config["eval"]
     eval_env = env if evaluation["distraction"] is None else env | {"distraction": evaluation["distraction"]}
     num_envs = min(evaluation["num_envs"], evaluation["episodes"])
-    return make_trainer(
+    trainer = make_trainer(
         agent=agent,
         collector=collector,
+        make_collector=make,
+        env=env,
         replay=replay,
-        logger=RunLogger(run_dir, **{key: log[key] for key in ("backends", "project", "offline", "video_fps")}),
+        logger=RunLogger(run_dir, config=redact(config), **{key: log[key] for key in LOGGER}),
         run_dir=run_dir,
         make_eval_env=EnvFactory(eval_env, range(num_envs), derive_seed(seed, EVALUATION), agent.primers),
-        total_frames=total_frames,
-        frame_skip=frame_skip,
+        total_frames=collection["total_frames"],
+        frame_skip=env["frame_skip"],
         init_random_frames=collection["init_random_frames"],
         train_ratio=config["train_ratio"],
         sync_interval=collection["sync_interval"],
         worker_timeout=collection["timeout"],
+        worker_restarts=collection["restart"],
+        nan_policy=config["nan_policy"],
+        nonfinite_steps=guard.counter,
         log_interval=log["interval"],
         log_seconds=log["seconds"],
-        video_interval=log["video_interval"] if log["video"] else 0,
+        media={name: log[key] for name, key in MEDIA.items()},
         evaluation=without(evaluation, "num_envs", "distraction"),
-        checkpoint=config["checkpoint"],
+        checkpoint=config["checkpoint"] | {"files": without(files, "environment.json")},
         seed=derive_seed(seed, EVALUATION),
     )
+    go_on(start, trainer)
+    for name, text in files.items():
+        (run_dir / name).write_text(text)
+    return trainer
+
+
+def describe(config: dict[str, Any]) -> tuple[EnvSpec, dict[str, str]]:
+    """Look at an environment of the run: what the agent may know of it, and files that say what was run."""
+    env = envs.make_env(**config["env"])
+    env_spec, facts = EnvSpec.of(env), env.describe()
+    public = redact(config)
+    policy = describe_policy(public, env_spec, getattr(env.base_env, "action_bounds", None))
+    env.close()
+    files = {
+        "config.yaml": OmegaConf.to_yaml(OmegaConf.create(public)),
+        "policy.json": json.dumps(policy, indent=2),
+    }
+    return env_spec, files | ({"environment.json": json.dumps(facts, indent=2)} if facts else {})
+
+
+def collector_factory(
+    config: dict[str, Any], agent: Agent, env_spec: EnvSpec, replay: SequenceReplay, guard: FiniteGuard
+) -> Callable[[int], BaseCollector]:
+    """What makes the collector at the start, and another one when workers failed."""
+    env, collection, seed = config["env"], config["collector"], config["seed"]
+    threads = config["threads"] or torch.get_num_threads()
+
+    def make(frames: int) -> BaseCollector:
+        """Environments that begin after ``frames`` frames have other episodes than those that began before."""
+        collector = make_collector(
+            env=env,
+            policy=agent.policy,
+            action_spec=env_spec.action,
+            primers=agent.primers,
+            to_records=agent.to_records,
+            replay=replay,
+            frame_skip=env["frame_skip"],
+            init_random_frames=max(collection["init_random_frames"] - frames, 0),
+            seed=derive_seed(seed, frames) if frames else seed,
+            guard=guard,
+            **without(collection, "total_frames", "sync_interval", "timeout", "restart", "init_random_frames"),
+        )
+        torch.set_num_threads(threads)  # collectors with workers change it
+        return collector
+
+    return make
+
+
+def go_on(start: Start, trainer: Trainer) -> None:
+    """Load the checkpoint of a start, if there is one.
+
+    Raises:
+        ValueError: if the changed configuration does not fit what was saved.
+    """
+    if start.checkpoint is None:
+        trainer.logger.start_over()
+        return
+    try:
+        trainer.resume(start.checkpoint)
+    except (RuntimeError, ValueError) as error:
+        if start.changes:
+            changes = ", ".join(start.changes)
+            raise ValueError(f"{changes}: does not fit what {start.checkpoint} holds: {error}") from error
+        raise
+    trainer.incident("resume", f"goes on from {start.checkpoint.name}", changes=list(start.changes))
+    for note in start.notes:
+        trainer.incident("damaged_checkpoint", note)
+
+
+def copy_history(start: Start) -> None:
+    """Give a run that branches off from a checkpoint of another one the curves up to there."""
+    source = start.checkpoint and start.checkpoint.resolve().parents[1] / "metrics.jsonl"
+    target = start.run_dir / "metrics.jsonl"
+    if source and source.exists() and not target.exists():
+        shutil.copy(source, target)
+
+
+def announce(start: Start, trainer: Trainer) -> None:
+    """Say what runs, where, and what is different from before."""
+    if start.checkpoint is not None:
+        print(f"goes on from {start.checkpoint} ({start.frames:,} frames)")
+        print("\n".join(f"  changed: {line}" for line in start.changes) or "  with the saved configuration")
+    print(f"{trainer.replay_buffer.describe()}\nrun folder: {start.run_dir}\n{hook_graph(trainer)}", flush=True)
 
 
 def make_replay(config: dict[str, Any], agent: Agent, device: torch.device) -> SequenceReplay:
     """Make the replay, no larger than the run can fill."""
-    settings, collection = config["replay_buffer"], config["collector"]
-    streams = count_streams(*(collection[key] for key in ("mode", "num_collectors", "envs_per_collector")))
-    most = to_steps(collection["total_frames"] + collection["frames_per_batch"], config["env"]["frame_skip"])
-    least = 2 * streams * (settings["sequence_length"] + 1)  # two windows in every ring
+    collection = config["collector"]
     return SequenceReplay(
         agent.record,
-        capacity=min(settings["size"], max(most, least)),
-        num_streams=streams,
+        capacity=count_records(config),
+        num_streams=count_streams(*(collection[key] for key in ("mode", "num_collectors", "envs_per_collector"))),
         device=device,
         seed=derive_seed(config["seed"]),
-        **without(settings, "size"),
+        **without(config["replay_buffer"], "size"),
     )
 
 
@@ -156,32 +274,12 @@ def check(config: dict[str, Any]) -> None:
     if config["replay_buffer"]["sequence_length"] < 2:
         raise ValueError(f"replay_buffer.sequence_length={config['replay_buffer']['sequence_length']}: give at least 2")
     check_backends(config["logger"]["backends"])
+    check_policy(config["nan_policy"])
     if config["optimization"]["cudagraph"] and config["replay_buffer"]["prefetch"]:
         raise ValueError(
             "optimization.cudagraph=true: give replay_buffer.prefetch=0 as well, because a graph cannot be captured "
             "while another thread copies to the GPU"
         )
-
-
-def choose_run_dir(config: dict[str, Any]) -> Path:
-    """The run folder; it is not made yet.
-
-    Raises:
-        FileExistsError: if the folder that the user names holds a run already.
-    """
-    env = config["env"]
-    parts = (
-        config["agent"]["name"],
-        env["name"],
-        env["task"],
-        config["seed"],
-        datetime.now().strftime("%Y%m%d-%H%M%S"),
-    )
-    name = "_".join(str(part).replace("/", "-") for part in parts if part is not None)
-    run_dir = Path(config["run_dir"] or Path("runs") / name)
-    if (run_dir / "config.yaml").exists():
-        raise FileExistsError(f"run_dir={run_dir}: holds a run already, name another folder")
-    return run_dir
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,40 +1,44 @@
 """The training loop: TorchRL's ``Trainer`` and its stages, paced by a train ratio, and the one table of hooks."""
 
-import inspect
-import math
-import re
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 import torchrl.trainers
 from tensordict import TensorDictBase
 from torchrl.collectors import BaseCollector, MultiAsyncCollector
 from torchrl.envs import EnvBase
 
 from dreamer.agents import Agent
-from dreamer.checkpoints import SaveCheckpoint
-from dreamer.collection import Watchdog, to_steps
+from dreamer.checkpoints import SaveCheckpoint, load_checkpoint
+from dreamer.collection import CollectorState, to_steps
+from dreamer.console import Console
+from dreamer.evaluation import Interrupted
 from dreamer.hooks import (
     EpisodeStats,
     Evaluate,
     ExtendReplay,
-    OpenLoopVideo,
     SampleReplay,
     SyncPolicy,
     UpdateRatio,
     WriteBackContext,
 )
-from dreamer.loggers import Meter, RunLogger, console_line
+from dreamer.loggers import RunLogger
+from dreamer.media import LogMedia
+from dreamer.meter import Meter
+from dreamer.nonfinite import MOST_IN_A_ROW, NonFiniteError, dump_batch
 from dreamer.replay import SequenceReplay
+from dreamer.turns import Turns
 
 
 def make_trainer(
     *,
     agent: Agent,
     collector: BaseCollector,
+    make_collector: Callable[[int], BaseCollector],
+    env: Mapping[str, Any],
     replay: SequenceReplay,
     logger: RunLogger,
     run_dir: Path,
@@ -44,7 +48,7 @@ def make_trainer(
     init_random_frames: int,
     train_ratio: float,
     sync_interval: int,
-    video_interval: int,
+    media: Mapping[str, Any],
     evaluation: Mapping[str, Any],
     checkpoint: Mapping[str, Any],
     seed: int,
@@ -53,22 +57,24 @@ def make_trainer(
     """Build the trainer and register its hooks.
 
     Args:
-        agent, collector, replay, logger: The parts.
+        agent, collector, make_collector, replay, logger: The parts.
+        env: What the environments are made from, to tell whether a saved one can go on.
         run_dir: Run folder.
         make_eval_env: Makes the evaluation environments.
         total_frames, frame_skip, init_random_frames: Budget, frames per step, frames with random actions.
         train_ratio: Replayed steps per collected step.
         sync_interval: Updates between two hand-overs of weights to the workers.
-        video_interval: Frames between two videos; 0 for none.
-        evaluation, checkpoint: Settings of :class:`Evaluate` and :class:`SaveCheckpoint`.
+        media, evaluation, checkpoint: Settings of :class:`LogMedia`, :class:`Evaluate` and :class:`SaveCheckpoint`.
         seed: Seed of the evaluation.
         loop: Further settings of :class:`Trainer`.
     """
     trainer = Trainer(
         collector=collector,
+        make_collector=make_collector,
         replay_buffer=replay,
         agent=agent,
         logger=logger,
+        run_dir=run_dir,
         total_frames=total_frames,
         frame_skip=frame_skip,
         train_ratio=train_ratio,
@@ -76,7 +82,8 @@ def make_trainer(
     )
     start = max(to_steps(init_random_frames, frame_skip), replay.batch_size * replay.sequence_length)
     evaluate = Evaluate(trainer, make_eval_env, agent.policy, seed=seed, **evaluation)
-    save = SaveCheckpoint(trainer, run_dir / "checkpoint", **checkpoint)
+    save = SaveCheckpoint(trainer, run_dir / "checkpoints", best=lambda: evaluate.best, **checkpoint)
+    trainer.save_checkpoint = save.save
     hooks = [
         ("batch_process", None if trainer.free_running else agent.to_records),
         ("batch_process", None if trainer.free_running else ExtendReplay(replay)),
@@ -84,7 +91,7 @@ def make_trainer(
         ("pre_optim_steps", UpdateRatio(trainer, train_ratio=train_ratio, start_steps=start)),
         ("process_optim_batch", SampleReplay(replay)),
         ("post_optim_log", WriteBackContext(replay)),
-        ("post_optim_log", agent.open_loop_video and OpenLoopVideo(trainer, agent.open_loop_video, video_interval)),
+        ("post_optim_log", agent.make_media and LogMedia(trainer, agent.make_media, **media)),
         ("post_steps", SyncPolicy(trainer, agent.policy, sync_interval)),
         ("post_steps_log", evaluate),
         ("post_steps_log", save),
@@ -95,8 +102,9 @@ def make_trainer(
     for stage, hook in hooks:
         if hook is not None:
             trainer.register_op(stage, hook)
-            if hasattr(hook, "state_dict"):
-                trainer.register_module(type(hook).__name__, hook)
+    for part in (logger, trainer.meter, CollectorState(trainer, env), *(hook for _, hook in hooks)):
+        if hasattr(part, "state_dict"):
+            trainer.register_module(type(part).__name__, part)
     return trainer
 
 
@@ -104,34 +112,44 @@ class Trainer(torchrl.trainers.Trainer):
     """Alternate collection and learning until ``total_frames`` frames were collected.
 
     Stock TorchRL hooks plug in at the same stages. What differs: the number of updates per batch is decided by a
-    hook, free-running workers cannot outrun the learner, and metrics stay on their device and are averaged until
-    they are logged, without a history in memory.
+    hook, free-running workers cannot outrun the learner, workers that fail are replaced, an update that is not finite
+    changes nothing, and metrics stay on their device and are averaged until they are logged, without a history.
 
     Args:
         collector: Where data come from. A ``MultiAsyncCollector`` runs freely and writes into the replay itself.
+        make_collector: Frames so far -> another such collector, in place of one whose workers failed.
         replay_buffer: The replay.
         agent: Its ``loss`` and ``stepper`` are used here.
         logger: Where metrics go.
+        run_dir: Run folder, for the batches of bad updates.
         total_frames: Budget, in frames.
         frame_skip: Frames per agent step.
         train_ratio: Replayed steps per collected step, to tell how long the run will take.
         log_interval, log_seconds: Frames and seconds between two lines of metrics, whichever comes first.
-        worker_timeout: Seconds after which a silent worker ends the run.
+        worker_timeout: Seconds after which a silent worker counts as stuck.
+        worker_restarts: How many times failed workers are replaced before a failure ends the run.
+        nan_policy: "stop" ends the run at an update that is not finite, "skip" leaves it out.
+        nonfinite_steps: Counter of the guards of the environments, int64 [1].
     """
 
     def __init__(
         self,
         *,
         collector: BaseCollector,
+        make_collector: Callable[[int], BaseCollector],
         replay_buffer: SequenceReplay,
         agent: Agent,
         logger: RunLogger,
+        run_dir: Path,
         total_frames: int,
         frame_skip: int,
         train_ratio: float,
         log_interval: int,
         log_seconds: float,
         worker_timeout: float,
+        worker_restarts: int,
+        nan_policy: str,
+        nonfinite_steps: torch.Tensor,
     ):
         self.free_running = isinstance(collector, MultiAsyncCollector)
         super().__init__(
@@ -149,7 +167,15 @@ class Trainer(torchrl.trainers.Trainer):
             auto_log_optim_steps=False,
         )
         self.collected_frames = self._optim_count = 0  # the base keeps them on the class, for all its instances
-        self.watchdog = Watchdog(collector, replay_buffer, worker_timeout)
+        self.policy, self.run_dir, self.nan_policy = agent.policy, run_dir, nan_policy
+        self.turns = Turns(self, make_collector, timeout=worker_timeout, restarts=worker_restarts)
+        self.frames_before_replay = 0  # collected before the records that the replay holds
+        self.pending_updates = 0  # owed for the present batch
+        self.skipped_updates = self.skipped_in_a_row = 0
+        self.told_nonfinite_steps = 0
+        self.nonfinite_steps = nonfinite_steps
+        self.console = Console(total_frames)
+        logger.say = self.console.print
         self.meter = Meter(
             log_interval,
             log_seconds,
@@ -163,72 +189,137 @@ class Trainer(torchrl.trainers.Trainer):
         """Updates made so far."""
         return self._optim_count
 
+    def should_stop(self) -> bool:
+        """Whether :meth:`request_stop` was called; what takes long asks now and then."""
+        return self._stop_training
+
     def train(self) -> None:
-        """Run until the budget is used or :meth:`request_stop` is called; workers are ended in any case."""
+        """Run until the budget is used or :meth:`request_stop` is called; workers are ended in any case.
+
+        All state is saved at the end, also when an error ends the run.
+        """
         self._setup_hook()
         try:
-            for batch in self._free_running_batches() if self.free_running else self._batches():
-                self._pre_steps_log_hook(batch)
-                self.optim_steps(batch)
-                self._post_steps_hook()
-                self._post_steps_log_hook(batch)
-                finished = self._stop_training or self.collected_frames >= self.total_frames
-                self._write_log(force=finished)
-                if finished:
-                    break
-            self._shutdown_hook()
+            self._run()
+        except Exception as error:
+            self._save_in_need(error)
+            raise
         finally:
             self.replay_buffer.release()
             self.collector.shutdown()
             self.replay_buffer.close()
+            self.console.close()
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint; to be called before :meth:`train`."""
+        manifest = load_checkpoint(self, checkpoint)
+        if not manifest["replay"]:
+            self.frames_before_replay = self.collected_frames
+            self._modules["UpdateRatio"].restart()
+        if not self._modules["CollectorState"].restored:
+            self.cut_episodes()
+        self.collector.policy.update(self.policy)
+
+    def cut_episodes(self) -> None:
+        """Let the records say that the episodes under way end here, because new ones begin."""
+        self._log(**self._modules["EpisodeStats"]() or {})  # first, or the cut ones would count as whole
+        self.replay_buffer.truncate()
 
     def optim_steps(self, batch: TensorDictBase | None) -> None:
-        """Make the updates that are owed. As the base does, but every update is logged, not only their mean."""
-        self._pre_optim_hook()
+        """Make the updates that are owed, unless the run is to stop. Every update is logged, not only their mean."""
+        if not self.pending_updates:
+            self._pre_optim_hook()
+            self.pending_updates = self.optim_steps_per_batch
         losses = None
-        for _ in range(self.num_epochs):
-            self._pre_epoch_log_hook(batch)
-            processed = self._pre_epoch_hook(batch)
-            for _ in range(self.optim_steps_per_batch):
-                self._optim_count += 1
-                sub_batch = self._process_optim_batch_hook(processed)
-                losses = self.optimization_stepper.step(self, sub_batch)
-                self._post_optim_hook()
-                self._log(**losses)
-                self._post_optim_log(sub_batch)
-                self._write_log()
-            self._post_epoch_log_hook(batch)
-            self._post_epoch_hook()
+        self._pre_epoch_log_hook(batch)
+        processed = self._pre_epoch_hook(batch)
+        while self.pending_updates and not self.should_stop():
+            losses = self._update(processed)
+            self.pending_updates -= 1
+            self.turns.check_workers()
+            self._write_log()
+        self._post_epoch_log_hook(batch)
+        self._post_epoch_hook()
         if losses is not None:
             self._post_optim_complete_log_hook(self._optim_count, losses)
 
-    def _batches(self) -> Iterator[TensorDictBase]:
-        """Batches of a collector that waits for the learner, processed; frames are counted on what is stored."""
-        batches = iter(self.collector)
-        while True:
-            with self.watchdog.waiting():
-                batch = next(batches)
-            batch = self._process_batch_hook(batch)
-            self.collected_frames += batch.numel() * self.frame_skip
-            yield batch
+    def _run(self) -> None:
+        """Learn from batch after batch; then finish, or save if the run is to go on later."""
+        if self.pending_updates:  # interrupted between the updates of a batch
+            self._learn(None)
+        if not self._ended():
+            for batch in self.turns:
+                self._pre_steps_log_hook(batch)
+                self._learn(batch)
+                if self._ended():
+                    break
+        try:
+            if not self.should_stop():
+                self._shutdown_hook()
+                return
+        except Interrupted:
+            pass
+        path = self.save_checkpoint()
+        self.incident("signal", f"{self._stop_reason}: saved {path.name}, resume=auto goes on from there")
 
-    def _free_running_batches(self) -> Iterator[None]:
-        """Give the learner a turn whenever workers have written; let each be two writes ahead at most."""
-        replay, streams = self.replay_buffer, self.replay_buffer.num_streams
-        budget = math.ceil(self.total_frames / (self.frame_skip * streams))  # records per stream
-        lag = 2 * math.ceil(self.collector.requested_frames_per_batch * self.collector.num_workers / streams)
-        seen = 0
-        replay.write_limit = lag
-        self.collector.start()
-        while True:
-            self.watchdog.check()
-            count = replay.write_count
-            replay.write_limit = min(count // streams + lag, budget)
-            if count == seen:
-                time.sleep(1e-3)
-                continue
-            seen, self.collected_frames = count, count * self.frame_skip
-            yield None
+    def _ended(self) -> bool:
+        return self.should_stop() or self.collected_frames >= self.total_frames
+
+    def _learn(self, batch: TensorDictBase | None) -> None:
+        self.optim_steps(batch)
+        if not self.pending_updates:
+            self._post_steps_hook()
+            with self.meter.time("log"):
+                self._post_steps_log_hook(batch)
+        self._write_log(force=self._ended())
+
+    def _update(self, processed: TensorDictBase | None) -> TensorDictBase | None:
+        """Make one update; None if it was not finite and therefore left out."""
+        with self.meter.time("sample"):
+            sub_batch = self._process_optim_batch_hook(processed)
+        try:
+            with self.meter.time("update"):
+                losses = self.optimization_stepper.step(self, sub_batch)
+        except NonFiniteError as error:
+            self._leave_out(error, sub_batch)
+            return None
+        self._optim_count += 1
+        self.skipped_in_a_row = 0
+        self._post_optim_hook()
+        self._log(**losses)
+        with self.meter.time("log"):
+            self._post_optim_log(sub_batch)
+        return losses
+
+    def _leave_out(self, error: NonFiniteError, batch: TensorDictBase) -> None:
+        """Count and keep a bad update; end the run if that is wished, or if there is no end of them."""
+        self.skipped_updates += 1
+        self.skipped_in_a_row += 1
+        path = dump_batch(batch, self.run_dir / "nonfinite", self._optim_count)
+        message = f"{error}; batch kept in {path}" if path else str(error)
+        self.incident("nonfinite_update", message, policy=self.nan_policy, update=self._optim_count)
+        if self.nan_policy == "stop" or self.skipped_in_a_row >= MOST_IN_A_ROW:
+            raise error
+
+    def _tell_nonfinite_steps(self) -> None:
+        """Note it once when the guards of the environments have replaced numbers since the last time."""
+        count = int(self.nonfinite_steps)
+        if count > self.told_nonfinite_steps:
+            new, self.told_nonfinite_steps = count - self.told_nonfinite_steps, count
+            self.incident("nonfinite_step", f"{new} steps of environments were not finite; their episodes were cut")
+
+    def _save_in_need(self, error: Exception) -> None:
+        """Save what there is before an error ends the run; a failure to do so must not hide the error."""
+        self.incident("exception", f"{type(error).__name__}: {error}")
+        try:
+            if all(parameter.isfinite().all() for parameter in self.loss_module.parameters()):
+                self.console.print(f"saved {self.save_checkpoint()} before the run ends with an error")
+        except Exception as failure:  # noqa: BLE001, the first error is the one to report
+            self.incident("checkpoint_failed", f"{type(failure).__name__}: {failure}")
+
+    def incident(self, kind: str, message: str, **facts: Any) -> None:
+        """Note something that a person should know of."""
+        self.logger.incident(kind, message, frames=self.collected_frames, **facts)
 
     def log_now(self, metrics: Mapping[str, float]) -> None:
         """Write ``metrics`` as a line of their own."""
@@ -238,46 +329,13 @@ class Trainer(torchrl.trainers.Trainer):
         self.meter.add(metrics)
 
     def _write_log(self, force: bool = False) -> None:
-        if force or self.meter.due(self.collected_frames):
+        told = not self.meter.sums and self.meter.last.frames == self.collected_frames
+        if (force and not told) or self.meter.due(self.collected_frames):
             metrics = self.meter.read(frames=self.collected_frames, updates=self.update_count)
-            metrics["collector/workers_alive"] = float(sum(process.is_alive() for process in self.watchdog.workers))
+            metrics |= self.turns.facts()
             metrics["trainer/memory_gb"] = psutil.Process().memory_info().rss / 1e9
+            metrics["trainer/skipped_updates"] = float(self.skipped_updates)
+            metrics["collector/nonfinite_steps"] = float(self.nonfinite_steps)
+            self._tell_nonfinite_steps()
             self.logger.log(metrics, self.collected_frames)
-            print(console_line(metrics, self.collected_frames, self.total_frames), flush=True)  # noqa: T201
-
-
-STAGES = (
-    ("batch_process", "per batch", "_batch_process_ops"),
-    ("pre_steps_log", "per batch", "_pre_steps_log_ops"),
-    ("pre_optim_steps", "per batch", "_pre_optim_ops"),
-    ("process_optim_batch", "  per update", "_process_optim_batch_ops"),
-    ("stepper", "  per update", None),
-    ("post_optim_log", "  per update", "_post_optim_log_ops"),
-    ("post_steps", "per batch", "_post_steps_ops"),
-    ("post_steps_log", "per batch", "_post_steps_log_ops"),
-    ("shutdown", "at the end", "_shutdown_ops"),
-)
-
-
-def hook_graph(trainer: Trainer) -> str:
-    """Describe what runs when, read back from what is registered with ``trainer``."""
-    rows = []
-    if trainer.free_running:
-        rows += [("in the workers", "postproc", trainer.collector.postproc)]
-        rows += [("in the workers", "replay_buffer", trainer.replay_buffer.extend)]
-    for stage, when, registered in STAGES:
-        hooks = [trainer.optimization_stepper] if registered is None else [op for op, _ in getattr(trainer, registered)]
-        rows += [(when, stage, getattr(hook, "__wrapped__", hook)) for hook in hooks]
-    return "\n".join(f"{when:<15}{stage:<24}{describe(hook)}".rstrip() for when, stage, hook in rows)
-
-
-def describe(hook: Callable[..., Any]) -> str:
-    """Name of a hook and the first sentence of its documentation."""
-    owner = getattr(hook, "__self__", None)
-    if inspect.isfunction(hook):
-        name = hook.__name__
-    elif owner is not None:
-        name = f"{type(owner).__name__}.{hook.__name__}"
-    else:
-        name = type(hook).__name__
-    return f"{name:<24}{re.split(r'[.,;:]', inspect.getdoc(hook) or '')[0]}"
+            self.console.show(metrics, self.collected_frames)

@@ -33,6 +33,7 @@ from torchrl.collectors import BaseCollector
 from torchrl.data import TensorSpec
 
 from dreamer.collection import MODES, make_collector, to_steps
+from dreamer.settings import Start
 from dreamer.train import build
 from envs import make_env
 
@@ -87,7 +88,7 @@ def make_ours(args: argparse.Namespace, config: dict[str, Any], mode: str, worke
     collection["init_random_frames"] = 0
     config["replay_buffer"] |= {"size": RING * workers, "batch_size": 1, "sequence_length": RING // 4, "prefetch": 0}
     with patch("dreamer.train.make_collector", make_random_collector if args.policy == "random" else make_collector):
-        trainer = build(config, Path(folder))
+        trainer = build(Start(config, Path(folder)))
     if mode == "multi_async":
         return Session(trainer.collector, follow(trainer.collector, lambda: trainer.replay_buffer.write_count))
     return Session(trainer.collector, pull(trainer.collector, trainer._process_batch_hook))

@@ -19,6 +19,7 @@ from dreamer.agents import Agent, EnvSpec, load
 from dreamer.collection import make_collector
 from dreamer.models.rssm import RSSM
 from dreamer.replay import SequenceReplay
+from dreamer.settings import choose_start
 from dreamer.train import build
 from dreamer.trainer import Trainer
 from envs.backends.mock import MockEnv
@@ -206,9 +207,13 @@ SMALL_RUN = (
 
 
 def make_run(run_dir: Path, *overrides: str) -> Trainer:
-    """The trainer of a small run on two mock environments, everything a function of the seed."""
+    """The trainer of a small run on two mock environments, everything a function of the seed.
+
+    With ``resume=...`` among the overrides it goes on from the newest checkpoint in ``run_dir``.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
-    return build(compose_config(*SMALL_RUN, *overrides), run_dir)
+    config = compose_config(*SMALL_RUN, *overrides)
+    return build(choose_start(config, run_dir, [*SMALL_RUN, *overrides], lambda extra: compose_config(*extra)))
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:

@@ -13,7 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 from dreamer.agents import EnvSpec, load
 from dreamer.collection import make_collector
 from dreamer.replay import SequenceReplay
-from dreamer.train import build, check, choose_device, choose_run_dir
+from dreamer.settings import Start, choose_run_dir
+from dreamer.train import build, check, choose_device
 from envs import make_env
 from envs.transforms.distraction import make_distraction
 
@@ -61,7 +62,7 @@ def keywords(function) -> set[str]:
 def test_keys_equal_keywords():
     settings = config()
     assert set(settings["env"]) <= keywords(make_env)
-    collection = set(settings["collector"]) - {"total_frames", "sync_interval", "timeout"}
+    collection = set(settings["collector"]) - {"total_frames", "sync_interval", "timeout", "restart"}
     assert collection <= keywords(make_collector)
     assert set(settings["replay_buffer"]) - {"size"} <= keywords(SequenceReplay)
 
@@ -145,14 +146,14 @@ def test_bad_values_name_themselves(override, message, tmp_path):
     settings = config(*overrides)
     with pytest.raises((ValueError, TypeError), match=message):
         check(settings)
-        build(settings, tmp_path / "run")
+        build(Start(settings, tmp_path / "run"))
     assert not (tmp_path / "run").exists(), "nothing is written before everything is known to be right"
 
 
 def test_unknown_downsample_names_the_choices(tmp_path):
     overrides = ["env=mock", "env.from_pixels=true", "collector=sync", "agent/size=debug", "agent.downsample=max"]
     with pytest.raises(ValueError, match=r"downsample='max'.*pool"):
-        build(config(*overrides), tmp_path)
+        build(Start(config(*overrides), tmp_path))
 
 
 def test_run_dir_is_never_reused(tmp_path):

@@ -6,7 +6,8 @@ import pytest
 from torchrl.collectors import MultiAsyncCollector
 
 import dreamer.train
-from dreamer.trainer import STAGES, hook_graph
+from dreamer.hook_graph import STAGES, hook_graph
+from dreamer.settings import Start
 from tests.test_configs import config
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +24,7 @@ def default_trainer(tmp_path, monkeypatch):
 
     monkeypatch.setattr(dreamer.train, "make_collector", collector)
     settings = config("agent/size=debug", "replay_buffer.size=10_000", "logger.backends=[]", "device=cpu")
-    return dreamer.train.build(settings, tmp_path)
+    return dreamer.train.build(Start(settings, tmp_path))
 
 
 def test_documented_graph_is_the_real_one(default_trainer):

@@ -2,7 +2,6 @@
 
 import json
 import random
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,22 +11,10 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 from torchrl.data import Unbounded
-from torchrl.envs import SerialEnv
 
 from dreamer.collection import ActingPolicy
-from dreamer.hooks import (
-    EpisodeStats,
-    Evaluate,
-    Every,
-    OpenLoopVideo,
-    SyncPolicy,
-    UpdateRatio,
-    WriteBackContext,
-    preserve_rng,
-    run_episodes,
-)
+from dreamer.hooks import EpisodeStats, Evaluate, Every, SyncPolicy, UpdateRatio, WriteBackContext
 from dreamer.replay import SequenceReplay
-from envs.backends.mock import MockEnv
 from tests.helpers import differing, make_mock_parts, make_run, optimiser_state, set_episode_length, snapshot
 
 
@@ -86,6 +73,16 @@ class TestUpdateRatio:
         for steps in (3, 4, 5, 6):
             assert owed(other_trainer, other, steps) == owed(trainer, ratio, steps)
 
+    def test_resumes_with_another_ratio(self):
+        """The new setting counts; what was owed before is not made up for with it."""
+        trainer, ratio = make_ratio(1024)
+        for _ in range(5):
+            owed(trainer, ratio, 3)
+        other_trainer, other = make_ratio(2048)
+        other_trainer.replay_buffer.write_count = trainer.replay_buffer.write_count
+        other.load_state_dict(ratio.state_dict())
+        assert owed(other_trainer, other, 10) == 20
+
     def test_resumes_with_an_empty_replay(self):
         """A checkpoint without records: counting starts anew; nothing is owed for the past, forwards or backwards."""
         trainer, ratio = make_ratio()
@@ -93,6 +90,7 @@ class TestUpdateRatio:
         owed(trainer, ratio, 100_000)
         other_trainer, other = make_ratio(start_steps=1000)
         other.load_state_dict(ratio.state_dict())
+        other.restart()
         assert owed(other_trainer, other, 500) == 0
         assert owed(other_trainer, other, 500) in (0, 1)
         assert sum(owed(other_trainer, other, 8) for _ in range(100)) == pytest.approx(400, abs=1)
@@ -165,6 +163,14 @@ class TestEvery:
 
     def test_never(self):
         assert not Every(0)(10**9)
+
+    def test_goes_on_after_a_resume(self):
+        due, other, changed = Every(100), Every(100), Every(50)
+        due(130)
+        for hook in (other, changed):
+            hook.load_state_dict(due.state_dict())
+        assert not other(199) and other(200)
+        assert changed(130), "another interval counts anew"
 
 
 class TestFrames:
@@ -269,39 +275,6 @@ def test_latents_go_back_to_the_records_that_they_belong_to():
     assert compared > 10
 
 
-def counters(*lengths: int) -> SerialEnv:
-    return SerialEnv(len(lengths), [partial(MockEnv, episode_length=length) for length in lengths])
-
-
-def idle(tensordict: TensorDict) -> TensorDict:
-    return tensordict.set("action", torch.zeros(*tensordict.batch_size, 2))
-
-
-class TestRunEpisodes:
-    def test_side_by_side(self):
-        """1 + 2 + 3 in three steps, and 1 + ... + 5 in five: what follows the first end does not count."""
-        returns, lengths = run_episodes(counters(3, 5), idle, 2, torch.device("cpu"))
-        assert (returns, lengths) == ([6.0, 15.0], [3, 5])
-
-    def test_as_many_as_asked_for(self):
-        returns, lengths = run_episodes(counters(3, 5), idle, 3, torch.device("cpu"))
-        assert (returns, lengths) == ([6.0, 15.0, 6.0], [3, 5, 3])
-
-    def test_a_single_environment(self):
-        returns, lengths = run_episodes(MockEnv(episode_length=4), idle, 2, torch.device("cpu"))
-        assert (returns, lengths) == ([10.0, 10.0], [4, 4])
-
-
-def test_random_numbers_are_left_as_they_were():
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    with preserve_rng(7):
-        first = torch.rand(3)
-    assert torch.equal(torch.get_rng_state(), state)
-    with preserve_rng(7):
-        assert torch.equal(torch.rand(3), first)
-
-
 def random_states() -> list:
     return [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()]
 
@@ -384,18 +357,3 @@ class TestEvaluate:
             assert not differing(ours, theirs)
         assert results[0][0] > 10
         assert evaluations[0] == 1 < evaluations[1]
-
-
-class TestOpenLoopVideo:
-    def test_leaves_the_random_numbers_as_they_were(self):
-        videos = []
-        trainer = SimpleNamespace(
-            collected_frames=0,
-            logger=SimpleNamespace(log_video=lambda name, frames, step: videos.append((name, step))),
-        )
-        hook = OpenLoopVideo(trainer, lambda batch: torch.randint(256, (3, 16, 48, 3), dtype=torch.uint8), 100)
-        state = torch.get_rng_state()
-        for trainer.collected_frames in (0, 40, 100):
-            hook(TensorDict())
-        assert torch.equal(torch.get_rng_state(), state)
-        assert [step for _, step in videos] == [0, 100]

@@ -11,6 +11,7 @@ from tensordict import TensorDict
 from torch import nn
 from torchrl.objectives import LossModule
 
+from dreamer.nonfinite import NonFiniteError
 from dreamer.steppers import CAPTURE_AFTER, JointStepper
 from tests.helpers import compose_config, differing, make_batch, make_env_spec, make_small_agent, snapshot
 
@@ -42,7 +43,7 @@ def make_stepper(loss: LossModule, **overrides) -> JointStepper:
     updates = []
     overrides.setdefault("update_targets", lambda: updates.append(1))
     targets = overrides.pop("update_targets")
-    return JointStepper(loss, targets, {"wm/wm_grad_norm": loss.layer}, **OPTIMIZATION | overrides)
+    return JointStepper(loss, targets, {("wm/wm_grad_norm", "wm/grad_norm"): loss.layer}, **OPTIMIZATION | overrides)
 
 
 def toy_batch(x, y=None) -> TensorDict:
@@ -150,7 +151,7 @@ class TestStep:
 
     def test_returns_detached_scalars_by_flat_name(self):
         metrics = make_stepper(ToyLoss(1.0)).step(None, toy_batch([2.0]))
-        assert set(metrics.keys()) == {"loss_a", "loss_b", "wm/size", "wm/dtype", "wm/wm_grad_norm"}
+        assert set(metrics.keys()) == {"loss_a", "loss_b", "wm/size", "wm/dtype", "wm/wm_grad_norm", "wm/grad_norm"}
         assert all(value.shape == () and not value.requires_grad for value in metrics.values())
 
     def test_hands_the_latents_to_the_batch(self):
@@ -188,6 +189,45 @@ class TestStep:
         assert not differing(weights, other_weights)
         for ours, theirs in zip(metrics, other_metrics, strict=True):
             assert (ours == theirs).all()
+
+
+class TestNotFinite:
+    def test_nothing_changes(self):
+        """Weights, optimiser, targets, and the statistics that the loss itself moves; then training goes on as ever."""
+        agent, twin = make_small_agent("optimization.warmup_steps=0"), make_small_agent("optimization.warmup_steps=0")
+        for each in (agent, twin):
+            torch.manual_seed(1)
+            each.stepper.step(None, make_batch(each))
+        before, averages = snapshot(agent.loss), copy.deepcopy(agent.stepper.state_dict())
+        bad = make_batch(agent)
+        bad["reward"][0, 1] = torch.nan
+        with pytest.raises(NonFiniteError, match=r"loss_model_reward.*reward at \[0, 1, 0\]"):
+            agent.stepper.step(None, bad)
+        assert not differing(snapshot(agent.loss), before)
+        assert str(agent.stepper.state_dict()) == str(averages)
+        assert "replay_context" not in bad.keys()  # noqa: SIM118
+        for each in (agent, twin):
+            torch.manual_seed(2)
+            each.stepper.step(None, make_batch(each, seed=1))
+        assert not differing(snapshot(agent.loss), snapshot(twin.loss))
+
+    def test_a_gradient_alone(self):
+        loss = ToyLoss(1.0)
+        stepper = make_stepper(loss, lr=0.1, warmup_steps=0)
+        loss.layer[0].register_hook(lambda gradient: gradient * torch.inf)
+        with pytest.raises(NonFiniteError, match="wm/wm_grad_norm"):
+            stepper.step(None, toy_batch([2.0]))
+        assert loss.layer[0].item() == 1
+
+
+def test_settings_survive_a_resume():
+    """Averages and counters are taken over, the learning rate is the one that was asked for."""
+    before, after = make_stepper(ToyLoss(1.0), lr=0.1), make_stepper(ToyLoss(1.0), lr=0.2)
+    before.step(None, toy_batch([2.0]))
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    group = after.optimizer.param_groups[0]
+    assert (group["lr"], group["step"]) == (0.2, 1)
+    assert set(after.settings) == set(group) & set(OPTIMIZATION), "a setting that a resume would take over"
 
 
 class TestPrecision:
