@@ -30,7 +30,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 from results_format import CLEAN, Run, read_runs, split_method
-from score_statistics import Estimate, Scores, estimate_curve, estimate_iqm, score_at
+
+from dreamer.score_statistics import Estimate, Scores, estimate_curve, estimate_iqm, score_at
 
 PUBLISHED = " (published)"
 POINTS = 50  # of a learning curve

@@ -15,27 +15,10 @@ import os
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+
+from dreamer.score_statistics import Run, average_bins
 
 CLEAN = "none"  # name of the distraction that is none
-
-
-class Run(NamedTuple):
-    """One learning curve.
-
-    Args:
-        task: Name with its benchmark in front.
-        method: Agent, with `@` and a distraction if there was one.
-        seed: Of the run.
-        xs: Frames, ascending.
-        ys: Returns, one for each of `xs`.
-    """
-
-    task: str
-    method: str
-    seed: int
-    xs: list[int]
-    ys: list[float]
 
 
 def join_method(agent: str, distraction: str) -> str:
@@ -106,18 +89,6 @@ def read_curve(metrics: Path, name: str) -> tuple[list[int], list[float]]:
         if entry.get(name) is not None:
             points[entry["frames"]] = entry[name]
     return sorted(points), [points[x] for x in sorted(points)]
-
-
-def average_bins(run: Run, width: int) -> Run:
-    """Average the points in every interval (k * width, (k + 1) * width]; x = 0 has an interval of its own.
-
-    The average is dated at the end of its interval, so that it holds nothing that came later.
-    """
-    bins: dict[int, list[float]] = {}
-    for x, y in zip(run.xs, run.ys, strict=True):
-        bins.setdefault(math.ceil(x / width), []).append(y)
-    xs = [index * width for index in sorted(bins)]
-    return run._replace(xs=xs, ys=[sum(bins[x // width]) / len(bins[x // width]) for x in xs])
 
 
 def main() -> None:

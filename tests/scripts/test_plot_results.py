@@ -27,7 +27,7 @@ def module(name: str):
 
 
 form = module("results_format")
-stats = module("score_statistics")
+stats = module("dreamer.score_statistics")
 plot = module("plot_results")
 
 

@@ -9,10 +9,27 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from results_format import Run, average_bins
 from scipy.stats import trim_mean
 
 Scores = Mapping[str, Sequence[float]]  # task -> one score per seed
+
+
+class Run(NamedTuple):
+    """One learning curve.
+
+    Args:
+        task: Name with its benchmark in front.
+        method: Agent, with `@` and a distraction if there was one.
+        seed: Of the run.
+        xs: Frames, ascending.
+        ys: Returns, one for each of `xs`.
+    """
+
+    task: str
+    method: str
+    seed: int
+    xs: list[int]
+    ys: list[float]
 
 
 class Estimate(NamedTuple):
@@ -82,6 +99,18 @@ def score_at(run: Run, frames: int, window: float) -> float | None:
         return None
     inside = [y for x, y in zip(run.xs, run.ys, strict=True) if (1 - window) * frames < x <= frames]
     return float(np.mean(inside)) if inside else float(np.interp(frames, run.xs, run.ys))
+
+
+def average_bins(run: Run, width: int) -> Run:
+    """Average the points in every interval (k * width, (k + 1) * width]; x = 0 has an interval of its own.
+
+    The average is dated at the end of its interval, so that it holds nothing that came later.
+    """
+    bins: dict[int, list[float]] = {}
+    for x, y in zip(run.xs, run.ys, strict=True):
+        bins.setdefault(math.ceil(x / width), []).append(y)
+    xs = [index * width for index in sorted(bins)]
+    return run._replace(xs=xs, ys=[sum(bins[x // width]) / len(bins[x // width]) for x in xs])
 
 
 def estimate_curve(runs: Sequence[Run], width: int, **options) -> tuple[list[int], list[Estimate]]:
