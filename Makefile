@@ -1,11 +1,12 @@
 # make train   set up .venv, then run the quickstart; pass overrides with ARGS="env.name=walker env.task=walk"
 # make test    set up .venv, then run the whole test suite; pass pytest options with ARGS="-m 'not slow'"
+# make doctor  set up .venv, then look whether everything is there that a run needs
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXPERIMENT ?= quickstart
 
-.PHONY: setup train test lint
+.PHONY: setup train test doctor lint
 setup: $(VENV)/.installed
 	@scripts/ensure_gl.sh $(BIN)/python
 
@@ -20,7 +21,10 @@ train: setup
 	$(BIN)/python dreamer/train.py experiment=$(EXPERIMENT) $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+doctor: setup
+	$(BIN)/python -m dreamer.doctor $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,9 +7,10 @@
 
 Every cell is one `python dreamer/train.py ...` with the run folder `<out>/<task>__<distraction>__<agent>__<seed>`;
 further arguments are overrides for all of them. Called again with the same folder, it skips the cells that are
-finished, also those that were started by hand from the lines of `--dry-run`, moves the folder of an unfinished run
-aside, and runs what is left. A cell that fails does not stop the others: its output is in `console.log` of its folder,
-the failed cells are listed at the end and the exit code is 1. Ctrl-C ends all runs.
+finished, also those that were started by hand from the lines of `--dry-run`, and runs what is left: a run that has a
+checkpoint goes on from it, the folder of any other is moved aside. A cell that fails does not stop the others: its
+output is in `console.log` of its folder, the failed cells are listed at the end and the exit code is 1. Ctrl-C and
+SIGTERM let all runs save and end, a second one ends them at once; the exit code is then 75, like that of a run.
 
 At the end, `<out>/results.json` holds `episode/return` and `<out>/results_eval.json` `eval/return_mean` over frames, in
 the format that `scripts/plot_results.py` reads.
@@ -29,19 +30,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from bench_common import load_config
 from results_format import Run, join_method, read_curve, write_atomically, write_runs
 
+from dreamer.checkpoint_files import list_checkpoints
+from dreamer.interruption import EXIT_INTERRUPTED
 from envs.suite import GROUPS, SuiteTask, select_tasks
 
 TRAIN = Path(__file__).parents[1] / "dreamer/train.py"
 CURVES = {"results.json": "episode/return", "results_eval.json": "eval/return_mean"}
 CELL_KEYS = {"agent": "--agents", "seed": "--seeds", "run_dir": "--out", "env/distraction": "--distractions"}
 CELL_KEYS |= {"env": "--tasks", "env.name": "--tasks", "env.task": "--tasks", "experiment": "--phase"}
+CELL_KEYS |= {"resume": "--out"}
 POLL = 0.2  # seconds between two looks at the children
-GRACE = 10.0  # seconds that a child has to end by itself
 LEVELS = "none,color_grid_action,color_grid_reward,color_grid_sequence,color_grid_action_cross_sequence"
 
 # What each phase of the evaluation protocol covers; configs/experiment/<phase>.yaml has the settings of its runs.
@@ -84,6 +87,7 @@ class Cell(NamedTuple):
             f"env/distraction={self.distraction}",
             f"seed={self.seed}",
             f"run_dir={quote(str(self.folder))}",
+            "resume=auto",
         ]
 
 
@@ -101,7 +105,6 @@ class Job(NamedTuple):
 
     cell: Cell
     process: subprocess.Popen
-    log: IO[bytes]
     slot: int
     start: float
 
@@ -155,74 +158,78 @@ def write_summary(folder: Path, content: dict[str, Any]) -> None:
     write_atomically(folder / "summary.json", json.dumps(content, indent=1).encode())
 
 
+def can_go_on(folder: Path) -> bool:
+    """Whether an unfinished run has a checkpoint."""
+    return (folder / "config.yaml").exists() and bool(list_checkpoints(folder / "checkpoints"))
+
+
 def move_aside(folder: Path) -> None:
-    """Rename the folder of an unfinished run, if there is one, so that the run can start afresh."""
-    if folder.exists():
-        number = 1
-        while (aside := folder.with_name(f"{folder.name}.unfinished{number}")).exists():
-            number += 1
-        folder.rename(aside)
-        print(f"{folder.name}: unfinished, moved to {aside.name}", flush=True)
+    """Rename the folder of a run that cannot go on, so that it can start afresh."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.unfinished{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    print(f"{folder.name}: unfinished without a checkpoint, moved to {aside.name}", flush=True)
 
 
 def start(cell: Cell, setup: Setup, slot: int) -> Job:
-    """Start the process of a cell, in a process group of its own."""
-    move_aside(cell.folder)
-    cell.folder.mkdir(parents=True)
+    """Start the process of a cell or let it go on, in a process group of its own."""
+    if can_go_on(cell.folder):
+        print(f"{cell.name}: goes on from its newest checkpoint", flush=True)
+    elif cell.folder.exists():
+        move_aside(cell.folder)
+    cell.folder.mkdir(parents=True, exist_ok=True)
     command = make_command(cell, setup.overrides)
     environment = dict(os.environ)
     if setup.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = setup.gpus[slot % len(setup.gpus)]
-    log = open(cell.folder / "console.log", "wb")  # noqa: SIM115, closed when the process has ended
-    log.write(f"{shlex.join(command)}\n".encode())
-    log.flush()
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=environment,
-        start_new_session=True,
-        pass_fds=[setup.lock],
-    )
-    return Job(cell, process, log, slot, time.monotonic())
+    with open(cell.folder / "console.log", "ab") as log:
+        log.write(f"{shlex.join(command)}\n".encode())
+        log.flush()
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            pass_fds=[setup.lock],
+        )
+    return Job(cell, process, slot, time.monotonic())
 
 
-def signal_group(process: subprocess.Popen, number: signal.Signals) -> None:
-    """Send a signal to a child and to its workers."""
+def kill_group(process: subprocess.Popen) -> None:
+    """End a child and its workers at once."""
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def stop(jobs: Sequence[Job]) -> None:
-    """End the processes of all jobs: politely, then not."""
+    """Let all jobs save and end; whoever interrupts this ends them at once."""
     for job in jobs:
-        signal_group(job.process, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE
+        job.process.terminate()  # not its workers: it needs them until it has saved
+        print(f"{job.cell.name}: waiting until it has saved", flush=True)
     try:
         for job in jobs:
-            with suppress(subprocess.TimeoutExpired):
-                job.process.wait(max(deadline - time.monotonic(), 0.0))
-    finally:  # a second Ctrl-C comes here at once
+            finish(job, job.process.wait())
+    finally:
         for job in jobs:
-            signal_group(job.process, signal.SIGKILL)
-            job.log.close()
+            kill_group(job.process)
 
 
-def finish(job: Job, code: int) -> bool:
-    """Clear up after a child that has ended; return whether it succeeded."""
-    signal_group(job.process, signal.SIGKILL)  # workers that it left behind
-    job.log.close()
+def finish(job: Job, code: int) -> None:
+    """Clear up after a child that has ended, and say how it did."""
+    kill_group(job.process)  # workers that it left behind
     seconds = round(time.monotonic() - job.start, 1)
     if code == 0:
         write_summary(job.cell.folder, {"started_by": "run_suite.py", "seconds": seconds})
-    verdict = "finished" if code == 0 else f"FAILED with exit code {code}, see {job.cell.folder / 'console.log'}"
-    print(f"{job.cell.name}: {verdict} after {seconds:g} s", flush=True)
-    return code == 0
+    failure = f"FAILED with exit code {code}, see {job.cell.folder / 'console.log'}"
+    verdicts = {0: "finished", EXIT_INTERRUPTED: "interrupted, saved", -signal.SIGTERM: "ended before it could save"}
+    print(f"{job.cell.name}: {verdicts.get(code, failure)} after {seconds:g} s", flush=True)
 
 
 def run_cells(cells: Sequence[Cell], setup: Setup) -> list[Cell]:
-    """Run cells, a few at a time; return those that failed."""
+    """Run cells, a few at a time; return those that failed. KeyboardInterrupt: one was interrupted, all have ended."""
     waiting, running, failed = list(cells), [], []
     try:
         while waiting or running:
@@ -235,7 +242,10 @@ def run_cells(cells: Sequence[Cell], setup: Setup) -> list[Cell]:
             for job in list(running):
                 if (code := job.process.poll()) is not None:
                     running.remove(job)
-                    if not finish(job, code):
+                    finish(job, code)
+                    if code == EXIT_INTERRUPTED:  # whoever ends one run, a scheduler say, wants all to end
+                        raise KeyboardInterrupt
+                    if code:
                         failed.append(job.cell)
     finally:
         stop(running)
@@ -259,8 +269,8 @@ def print_commands(cells: Sequence[Cell], shared: Sequence[str]) -> None:
     """Print the command lines of the cells that are not finished."""
     for cell in cells:
         if not is_finished(cell.folder):
-            if (cell.folder / "config.yaml").exists():
-                print(f"{cell.name}: first move this folder away, it holds an unfinished run", file=sys.stderr)
+            if (cell.folder / "config.yaml").exists() and not can_go_on(cell.folder):
+                print(f"{cell.name}: first move this folder away, it has no checkpoint", file=sys.stderr)
             print(shlex.join(make_command(cell, shared)))
 
 
@@ -356,7 +366,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the children end
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs without it
+        signal.signal(number, signal.default_int_handler)
     shared = [f"experiment={args.phase}"] if args.phase else []
     shared += args.overrides
     cells = make_cells(args)
@@ -370,13 +381,13 @@ def main() -> None:
         return
     with owned(args.out, shared) as lock:
         todo = [cell for cell in cells if not is_finished(cell.folder)]
-        print(
-            f"{len(cells)} cells, {len(cells) - len(todo)} finished, {args.jobs} at a time, in {args.out}", flush=True
-        )
+        done = len(cells) - len(todo)
+        print(f"{len(cells)} cells, {done} finished, {args.jobs} at a time, in {args.out}", flush=True)
         try:
             failed = run_cells(todo, setup._replace(lock=lock))
         except KeyboardInterrupt:
-            sys.exit("\ninterrupted; call again with the same arguments to go on")
+            print("interrupted; call again with the same arguments to go on", file=sys.stderr)
+            sys.exit(EXIT_INTERRUPTED)
         gather(cells, args.out)
     if failed:
         sys.exit("failed: " + ", ".join(cell.name for cell in failed))

@@ -17,25 +17,48 @@ import pytest
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 CONFIGS = SCRIPTS.parent / "configs"
 
-# Writes what a run leaves; MODE=fail:<word> fails the runs whose folder has the word, MODE=hang waits with a worker.
+# Writes what a run leaves, from the checkpoint at 100 frames on if there is one. MODE=fail:<word> fails the runs whose
+# folder has the word; hang waits with a worker; hang:<seconds> saves on SIGTERM and takes so long for it; quit:<word>
+# has saved because somebody else interrupted it.
 STAND_IN = """
-import json, os, pathlib, subprocess, sys, time
+import json, os, pathlib, signal, subprocess, sys, time
 options = dict(argument.split("=", 1) for argument in sys.argv[1:])
 run = pathlib.Path(options["run_dir"].strip("'"))
 mode, _, word = os.environ.get("MODE", "").partition(":")
+checkpoint = run / "checkpoints/frames_100"
 print("running", run.name, os.environ.get("CUDA_VISIBLE_DEVICES", "-"), flush=True)
-assert not (run / "config.yaml").exists()
+assert options["resume"] == "auto" and checkpoint.exists() == (run / "config.yaml").exists()
 run.mkdir(exist_ok=True)
 if mode == "fail" and word in run.name:
     sys.exit("out of luck")
+
+def save(*_):
+    time.sleep(float(word))
+    assert worker.poll() is None, "the workers are needed until all is saved"
+    begin()
+    sys.exit(75)
+
+def begin():
+    checkpoint.mkdir(parents=True)
+    (run / "config.yaml").write_text("collector:\\n  total_frames: 200\\n")
+    (run / "metrics.jsonl").write_text(json.dumps({"frames": 100, "episode/return": 7.5}) + "\\n")
+
 if mode == "hang":
     worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    if word:
+        signal.signal(signal.SIGTERM, save)
     (run / "pids").write_text(f"{os.getpid()} {worker.pid}")
     time.sleep(600)
-(run / "config.yaml").write_text("collector:\\n  total_frames: 200\\n")
-lines = [{"frames": 100, "episode/return": 1.5}, {"frames": 150, "wm/total_loss": 0.1}]
-lines += [{"frames": 200, "episode/return": 2.5}, {"frames": 200, "eval/return_mean": 3.0}]
-(run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+lines = [{"frames": 150, "wm/total_loss": 0.1}, {"frames": 200, "episode/return": 2.5}]
+lines += [{"frames": 200, "eval/return_mean": 3.0}]
+if not checkpoint.exists():
+    begin()
+    lines.insert(0, {"frames": 100, "episode/return": 1.5})
+    (run / "metrics.jsonl").unlink()
+if mode == "quit" and word in run.name:
+    sys.exit(75)
+with open(run / "metrics.jsonl", "a") as file:
+    file.writelines(json.dumps(line) + "\\n" for line in lines)
 """
 
 
@@ -47,9 +70,10 @@ def run_suite(monkeypatch, tmp_path):
     train.write_text(STAND_IN)
     monkeypatch.setattr(module, "TRAIN", train)
     monkeypatch.setattr(module, "POLL", 0.01)
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield module
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -104,6 +128,7 @@ def test_command_describes_the_cell(run, tmp_path):
         "env/distraction=natural_video",
         "seed=0",
         f"run_dir={folder}",
+        "resume=auto",
     ]
     assert output == [f"running {folder.name} -"]
 
@@ -118,7 +143,7 @@ def test_failed_cells_do_not_stop_the_others_and_run_again(run, tmp_path, monkey
     monkeypatch.delenv("MODE")
     code, output = run(*SMALL)
     assert code == 0 and "4 cells, 2 finished" in output
-    assert output.count("unfinished, moved") == 2, "the logs of the failed runs are kept"
+    assert output.count("moved to") == 2, "the logs of the failed runs are kept"
     assert "out of luck" in (tmp_path / "suite" / f"{failed[0]}.unfinished1" / "console.log").read_text()
     assert len(json.loads((tmp_path / "suite/results.json").read_text())) == 4
 
@@ -183,6 +208,7 @@ def test_jobs_share_the_cores(run):
         (("--tasks", "easy", "--jobs", "0"), "--jobs=0"),
         (("--tasks", "easy", "env.name=walker"), "use --tasks"),
         (("--tasks", "easy", "experiment=smoke"), "use --phase"),
+        (("--tasks", "easy", "resume=auto"), "use --out"),
     ],
 )
 def test_mistakes_name_themselves(run, arguments, message):
@@ -206,36 +232,94 @@ def test_values_reach_hydra(run_suite, value):
     assert run_suite.load_config(f"run_dir={run_suite.quote(value)}")["run_dir"] == value
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_all_runs(run, run_suite, monkeypatch, tmp_path, number):
-    """The runs and their workers end with the runner; the next call starts afresh."""
-    monkeypatch.setenv("MODE", "hang")
-    suite, processes, over = tmp_path / "suite", [], threading.Event()
+@pytest.fixture
+def interrupt(tmp_path):
+    """Send signals to this process, one after the other, when two runs and their workers are there."""
+    over, processes, threads = threading.Event(), [], []
 
-    def interrupt_when_running() -> None:
-        while not over.wait(0.02):
-            pids = [pid for path in suite.glob("*/pids") for pid in path.read_text().split()]
-            if len(pids) == 4:
-                processes.extend(map(int, pids))
-                os.kill(os.getpid(), number)
-                return
+    def interrupt(*numbers: signal.Signals) -> list[int]:
+        def wait_and_send() -> None:
+            while not over.wait(0.02):
+                pids = [pid for path in tmp_path.glob("suite/*/pids") for pid in path.read_text().split()]
+                if len(pids) == 4:
+                    processes.extend(map(int, pids))
+                    for number in numbers:
+                        os.kill(os.getpid(), number)
+                        over.wait(0.3)
+                    return
 
-    thread = threading.Thread(target=interrupt_when_running)
-    thread.start()
-    try:
-        code, _ = run("--tasks", "easy", "--jobs", "2")
-    finally:
-        over.set()
+        threads.append(threading.Thread(target=wait_and_send))
+        threads[0].start()
+        return processes
+
+    yield interrupt
+    over.set()
+    for thread in threads:
         thread.join()
-    assert "interrupted" in str(code) if number == signal.SIGINT else code == 143
-    assert len(processes) == 4
+
+
+def all_gone(processes: list[int]) -> bool:
     deadline = time.monotonic() + 30
-    while any(alive(pid) for pid in processes):
-        assert time.monotonic() < deadline
+    while any(alive(pid) for pid in processes) and time.monotonic() < deadline:
         time.sleep(0.05)
+    return not any(alive(pid) for pid in processes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_runs_save_and_go_on(run, interrupt, monkeypatch, tmp_path, number):
+    """The runner waits until its runs have saved; the next call goes on in the same folders."""
+    monkeypatch.setenv("MODE", "hang:0.5")
+    processes = interrupt(number)
+    code, output = run("--tasks", "easy", "--jobs", "2")
+    assert code == 75 and "the same arguments" in output and output.count("interrupted, saved") == 2
+    assert len(processes) == 4 and all_gone(processes)
     monkeypatch.delenv("MODE")
     code, output = run("--tasks", "easy", "--jobs", "2")
-    assert code == 0 and output.count("unfinished, moved") == 2
+    assert code == 0 and output.count("goes on from") == 2 and "moved to" not in output
+    curves = sorted(entry["ys"] for entry in json.loads((tmp_path / "suite/results.json").read_text()))
+    assert curves == [[1.5, 2.5], [7.5, 2.5], [7.5, 2.5]], "the metrics before the interruption are kept"
+    logs = [path.read_text() for path in tmp_path.glob("suite/*/console.log")]
+    assert sorted(log.count("running") for log in logs) == [1, 2, 2], "so is the output"
+
+
+def test_runs_that_cannot_save_start_afresh(run, interrupt, monkeypatch):
+    monkeypatch.setenv("MODE", "hang")
+    processes = interrupt(signal.SIGTERM)
+    code, output = run("--tasks", "easy", "--jobs", "2")
+    assert code == 75 and output.count("before it could save") == 2
+    assert len(processes) == 4 and all_gone(processes)
+    monkeypatch.delenv("MODE")
+    code, output = run("--tasks", "easy", "--jobs", "2")
+    assert code == 0 and output.count("moved to") == 2
+
+
+def test_a_second_signal_ends_all_runs_at_once(run, interrupt, monkeypatch):
+    monkeypatch.setenv("MODE", "hang:600")
+    processes = interrupt(signal.SIGTERM, signal.SIGINT)
+    code, output = run("--tasks", "easy", "--jobs", "2")
+    assert code == 75 and "interrupted, saved" not in output
+    assert len(processes) == 4 and all_gone(processes)
+
+
+def test_a_run_that_was_interrupted_stops_the_others(run, monkeypatch):
+    """Somebody ends all of them, a scheduler at its time limit: no other cell starts."""
+    monkeypatch.setenv("MODE", "quit:cartpole")
+    code, output = run("--tasks", "easy,cheetah_run", "--seeds", "0-1")
+    assert code == 75 and "interrupted, saved" in output and "FAILED" not in output
+    assert output.count("started,") < 8
+    monkeypatch.delenv("MODE")
+    assert run("--tasks", "easy,cheetah_run", "--seeds", "0-1")[0] == 0
+
+
+def test_lines_of_a_dry_run_go_on_too(run, tmp_path):
+    """The same line starts a run or lets it go on; only a folder without a checkpoint is in the way."""
+    folder = tmp_path / "suite/cheetah_run__none__dreamer_v3__0"
+    (folder / "checkpoints/frames_100").mkdir(parents=True)
+    (folder / "config.yaml").write_text("collector:\n  total_frames: 200\n")
+    _, output = run("--tasks", "cheetah_run", "--dry-run")
+    assert "resume=auto" in output and "move this folder" not in output
+    (folder / "checkpoints/frames_100").rmdir()
+    assert "first move this folder away" in run("--tasks", "cheetah_run", "--dry-run")[1]
 
 
 def alive(pid: int) -> bool:
