@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,8 @@ def test_all_commands_are_covered_here():
     covered = (
         "make ",
         "python dreamer/train.py",
+        "python dreamer/eval.py",
+        "python dreamer/report.py",
         "python scripts/",
         "pip install",
         "python envs/gl.py",
@@ -54,7 +57,8 @@ def test_all_commands_are_covered_here():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if c.startswith("python dreamer/train.py") and "--help" not in c]
+    "command",
+    [c for c in COMMANDS if c.startswith("python dreamer/train.py") and "--help" not in c and "my_run" not in c],
 )
 def test_training_commands_run(command, tmp_path):
     """As written, but for a few steps with a small network in this process."""
@@ -62,6 +66,27 @@ def test_training_commands_run(command, tmp_path):
     result = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "evaluation: return" in result.stdout
+
+
+@pytest.mark.slow
+def test_commands_on_a_run(tmp_path):
+    """Everything that is said about `runs/my_run`, in order, on a short run of that name."""
+
+    def run(command: str, *extra: str) -> str:
+        program, *arguments = shlex.split(command)[1:]
+        line = [sys.executable, str(ROOT / program), *arguments, *extra]
+        result = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr[-3000:]
+        return result.stdout
+
+    run("python dreamer/train.py env.name=cheetah run_dir=runs/my_run env.image_size=16", *SHORT)
+    shutil.copytree(tmp_path / "runs/my_run", tmp_path / "runs/other_run")
+    on_a_run = [command for command in COMMANDS if "my_run" in command]
+    short = {"train": ["collector.total_frames=96"], "eval": ["episodes=1", "num_envs=1"], "report": []}
+    said = {Path(c.split()[1]).stem: run(c, *short[Path(c.split()[1]).stem]) for c in on_a_run}
+    assert "train_ratio: 1 -> 256" in said["train"] and "goes on from" in said["train"]
+    assert (tmp_path / "runs/my_run/eval.json").exists() and (tmp_path / "both.html").exists()
+    assert set(said) == set(short)
 
 
 def test_help_lists_groups():
@@ -97,10 +122,11 @@ def test_make_installs_what_the_readme_says():
 
 
 @pytest.mark.parametrize("command", commands("python scripts/"))
-def test_scripts_exist_and_explain_themselves(command):
-    arguments = [*shlex.split(command)[1:], "--help"]
-    result = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "usage" in result.stdout
+def test_scripts_and_their_options_exist(command):
+    """They are run by the tests of their own."""
+    _, script, *arguments = shlex.split(command)
+    source = (ROOT / script).read_text()
+    assert all(f'"{argument}"' in source for argument in arguments if argument.startswith("--"))
 
 
 def test_gl_command_prints_the_backend():
