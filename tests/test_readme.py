@@ -84,7 +84,7 @@ def test_commands_on_a_run(tmp_path):
     on_a_run = [command for command in COMMANDS if "my_run" in command]
     short = {"train": ["collector.total_frames=96"], "eval": ["episodes=1", "num_envs=1"], "report": []}
     said = {Path(c.split()[1]).stem: run(c, *short[Path(c.split()[1]).stem]) for c in on_a_run}
-    assert "train_ratio: 1 -> 256" in said["train"] and "goes on from" in said["train"]
+    assert "collector.total_frames: 64 -> 96" in said["train"] and "goes on from" in said["train"]
     assert (tmp_path / "runs/my_run/eval.json").exists() and (tmp_path / "both.html").exists()
     assert set(said) == set(short)
 
