@@ -81,6 +81,7 @@ class RunLogger:
         self.incidents = JsonLines(self.run_dir / "incidents.jsonl", warnings.warn)
         self.start, self.frames = time.monotonic(), 0  # of the run, also before a resume; of the newest entry
         self.purge_step: int | None = None
+        self.saved: dict[str, Any] = {}
         self.wandb_id = ""
         self.pending = list(backends)
         self.loggers: dict[str, Logger] = {}
@@ -147,11 +148,16 @@ class RunLogger:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a state; to be called before anything is logged.
+        """Remember a state to go on from; nothing is written before :meth:`rewind`."""
+        self.saved = dict(state_dict)
+
+    def rewind(self) -> None:
+        """Go on from the loaded state; to be called before anything is logged, when nothing can go wrong any more.
 
         Lines of metrics that were written after it move to ``metrics_lost.jsonl``, histograms are removed, incidents
         stay. In a new run folder there is nothing to take back, and Weights & Biases starts a run of its own.
         """
+        state_dict = self.saved
         same_folder = self.metrics.size >= state_dict["metrics_bytes"] > 0
         lost = self.metrics.cut(state_dict["metrics_bytes"])
         if lost:
@@ -167,6 +173,7 @@ class RunLogger:
         nothing = {"metrics_bytes": 0, "histograms_bytes": 0, "frames": 0, "seconds": 0.0, "wandb_id": ""}
         if self.metrics.size:
             self.load_state_dict(nothing)
+            self.rewind()
 
     def _make(self, name: str) -> Logger:
         if name == "tensorboard":

@@ -219,6 +219,7 @@ class Trainer(torchrl.trainers.Trainer):
         if not self._modules["CollectorState"].restored:
             self.cut_episodes()
         self.collector.policy.update(self.policy)
+        self.logger.rewind()
 
     def cut_episodes(self) -> None:
         """Let the records say that the episodes under way end here, because new ones begin."""

@@ -160,6 +160,8 @@ def test_other_environments_begin_new_episodes(tmp_path):
 
 def test_an_override_that_does_not_fit_the_weights(tmp_path):
     finish(make_run(tmp_path))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"frames": 97, "seconds": 9.0}\n')  # as a killed run leaves it, after its checkpoint
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=r"agent\.size\.units: 16 -> 8: does not fit"):
         make_run(tmp_path, "resume=auto", "agent.size.units=8")

@@ -109,6 +109,7 @@ def test_wandb_offline_goes_on_under_one_id_and_opens_no_port(tmp_path, monkeypa
         logger = RunLogger(tmp_path, backends=["wandb", "tensorboard"], offline=True)
         if state is not None:
             logger.load_state_dict(state)
+            logger.rewind()
         logger.log({"wm/total_loss": 1.5}, frames=100 * part)
         logger.log_video("train/imagination/comparison", BLACK, 100 * part)
         logger.log_image("train/original", BLACK[0], 100 * part)
@@ -230,6 +231,7 @@ class TestResume:
         state = self.interrupted(tmp_path)
         logger = RunLogger(tmp_path, backends=[])
         logger.load_state_dict(state)
+        logger.rewind()
         logger.log({"a": 301.0}, 300)
         assert [line["a"] for line in lines(tmp_path)] == [100.0, 200.0, 301.0]
         assert [line["a"] for line in lines(tmp_path, "metrics_lost")] == [300.0]
@@ -242,6 +244,7 @@ class TestResume:
         for _ in range(2):
             logger = RunLogger(tmp_path, backends=[])
             logger.load_state_dict(state)
+            logger.rewind()
             logger.log({"a": 301.0}, 300)
         assert [line["a"] for line in lines(tmp_path)] == [100.0, 200.0, 301.0]
         assert [line["a"] for line in lines(tmp_path, "metrics_lost")] == [300.0, 301.0]
@@ -257,6 +260,7 @@ class TestResume:
         os.truncate(tmp_path / "metrics.jsonl", state["metrics_bytes"] - 5)
         logger = RunLogger(tmp_path, backends=[])
         logger.load_state_dict(state)
+        logger.rewind()
         logger.log({"a": 1.0}, 300)
         assert [line["frames"] for line in lines(tmp_path)] == [100, 300]
         assert not (tmp_path / "metrics_lost.jsonl").exists()
@@ -267,11 +271,13 @@ class TestResume:
         state = self.interrupted(tmp_path / "old") | {"wandb_id": "abc"}
         logger = RunLogger(tmp_path / "new", backends=[])
         logger.load_state_dict(state)
+        logger.rewind()
         assert not logger.wandb_id, "it is another run"
         logger.log({"a": 1.0}, 300)
         assert len(lines(tmp_path / "new")) == 1
         same = RunLogger(tmp_path / "old", backends=[])
         same.load_state_dict(state)
+        same.rewind()
         assert same.wandb_id == "abc"
 
     def test_seconds_go_on(self, tmp_path, monkeypatch):
@@ -284,6 +290,7 @@ class TestResume:
         now[0] = 5.0  # another machine
         logger = RunLogger(tmp_path, backends=[])
         logger.load_state_dict(state)
+        logger.rewind()
         now[0] = 15.0
         logger.log({}, 200)
         assert [line["seconds"] for line in lines(tmp_path)] == [60.0, 70.0]
@@ -292,6 +299,7 @@ class TestResume:
         state = self.interrupted(tmp_path, ["tensorboard"])
         logger = RunLogger(tmp_path, backends=["tensorboard"])
         logger.load_state_dict(state)
+        logger.rewind()
         for frames in (250, 300, 350):
             logger.log({"a": frames + 1.0}, frames)
         logger.close()
