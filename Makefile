@@ -14,7 +14,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e ".[gym,warp,test]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[gym,warp,sam3,test]"
 	touch $@
 
 train: setup

@@ -103,6 +103,12 @@ def join_columns(images: Tensor) -> Tensor:
     return images.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
+def overlay_mask(images: Tensor, masks: Tensor) -> Tensor:
+    """Dim the background of images [..., h, w, 3] in [0, 1] and tint it blue; masks [..., h, w, 1] in [0, 1]."""
+    background = images * 0.4 + images.new_tensor([0.0, 0.0, 0.35])
+    return torch.where(masks > 0.5, images, background)
+
+
 def to_bytes(images: Tensor) -> Tensor:
     """Images in [0, 1] as uint8."""
     return (images * 255).round().clamp(0, 255).to(torch.uint8)
