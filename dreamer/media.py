@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tensordict import TensorDictBase
+from torch import Tensor
 
 from dreamer.agents import Media
 from dreamer.evaluation import preserve_rng
@@ -38,10 +39,10 @@ class LogMedia:
         self.histograms, self.images, self.videos = histograms, images, videos
         self.due = Every(interval if histograms or images or videos else 0, first=0)
 
-    def __call__(self, batch: TensorDictBase) -> None:
+    def __call__(self, batch: TensorDictBase) -> dict[str, Tensor] | None:
         frames, logger = self.trainer.collected_frames, self.trainer.logger
         if not self.due(frames):
-            return
+            return None
         with preserve_rng(0):
             media = self.make_media(batch)
         for wanted, kind, log in (
@@ -51,6 +52,7 @@ class LogMedia:
         ):
             for name, content in kind.items() if wanted else ():
                 log(name, content.cpu(), frames)
+        return media.scalars
 
     def state_dict(self) -> dict[str, Any]:
         return {"due": self.due.state_dict()}

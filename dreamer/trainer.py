@@ -1,6 +1,6 @@
 """The training loop: TorchRL's ``Trainer`` and its stages, paced by a train ratio, and the one table of hooks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torchrl.trainers
 from tensordict import TensorDictBase
 from torchrl.collectors import BaseCollector, MultiAsyncCollector
 from torchrl.envs import EnvBase
+from torchrl.trainers.trainers import TrainerHookBase
 
 from dreamer.agents import Agent
 from dreamer.checkpoints import SaveCheckpoint, load_checkpoint
@@ -36,6 +37,7 @@ from dreamer.turns import Turns
 def make_trainer(
     *,
     agent: Agent,
+    agent_hooks: Sequence[TrainerHookBase],
     collector: BaseCollector,
     make_collector: Callable[[int], BaseCollector],
     env: Mapping[str, Any],
@@ -57,7 +59,7 @@ def make_trainer(
     """Build the trainer and register its hooks.
 
     Args:
-        agent, collector, make_collector, replay, logger: The parts.
+        agent, agent_hooks, collector, make_collector, replay, logger: The parts.
         env: What the environments are made from, to tell whether a saved one can go on.
         run_dir: Run folder.
         make_eval_env: Makes the evaluation environments.
@@ -95,7 +97,6 @@ def make_trainer(
         ("post_steps", SyncPolicy(trainer, agent.policy, sync_interval)),
         ("post_steps_log", evaluate),
         ("post_steps_log", save),
-        *agent.hooks,
         ("shutdown", evaluate.finish),
         ("shutdown", save.save),
     ]
@@ -105,6 +106,8 @@ def make_trainer(
     for part in (logger, trainer.meter, CollectorState(trainer, env), *(hook for _, hook in hooks)):
         if hasattr(part, "state_dict"):
             trainer.register_module(type(part).__name__, part)
+    for hook in agent_hooks:
+        hook.register(trainer)
     return trainer
 
 

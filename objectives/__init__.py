@@ -2,6 +2,15 @@
 
 from objectives.actor_critic import ImaginedActorCriticLoss, ReplayCriticLoss
 from objectives.dreamer_v3 import DreamerV3Loss
+from objectives.segmentation_dreamer import SegmentationDreamerModelLoss
+from objectives.world2filter import World2FilterModelLoss
 from objectives.world_model import WorldModelLoss
 
-__all__ = ["DreamerV3Loss", "ImaginedActorCriticLoss", "ReplayCriticLoss", "WorldModelLoss"]
+__all__ = [
+    "DreamerV3Loss",
+    "ImaginedActorCriticLoss",
+    "ReplayCriticLoss",
+    "SegmentationDreamerModelLoss",
+    "World2FilterModelLoss",
+    "WorldModelLoss",
+]

@@ -149,6 +149,11 @@ class WorldModelLoss(ModuleLoss):
             "posterior_entropy": categorical_entropy(posterior).mean(),
         }
 
+    def decode_pixels(self, feature: Tensor) -> Tensor:
+        """Images [..., h, w, 3] of model states [..., F], to look at; other observations are not decoded."""
+        rssm = self.world_model.rssm
+        return self.world_model.decoders["pixels"](*feature.split([rssm.belief_size, rssm.state_size], -1))
+
     def replay_context(self, rollout: Any) -> dict[NestedKey, TensorDict]:
         """The latents that replace those in the replay, in the form in which it keeps them."""
         state = self.world_model.rssm.to_classes(rollout.state.detach())  # [B, T, S]

@@ -6,10 +6,10 @@ keyword-only and takes exactly the keys of its ``configs/agent/<name>.yaml``, so
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -17,20 +17,27 @@ from torch import Tensor
 from torchrl.data import Composite, TensorSpec
 from torchrl.envs import EnvBase, TensorDictPrimer
 from torchrl.objectives import LossModule
-from torchrl.trainers.trainers import OptimizationStepper
+from torchrl.trainers.trainers import OptimizationStepper, TrainerHookBase
 
-SHARED = {"parts", "pictures"}  # modules that are no agents
+SHARED = {"assembly", "masking", "parts", "pictures"}  # modules that are no agents
 
 
 class EnvSpec(NamedTuple):
-    """What an agent may know of its environment."""
+    """What an agent may know of its environment.
+
+    Args:
+        observation: Spec of what it sees.
+        action: Spec of what it does.
+        prompt: What belongs to the foreground, in words, " . " between concepts; empty if unknown.
+    """
 
     observation: Composite
     action: TensorSpec
+    prompt: str = ""
 
     @classmethod
     def of(cls, env: EnvBase) -> "EnvSpec":
-        return cls(env.observation_spec, env.action_spec)
+        return cls(env.observation_spec, env.action_spec, getattr(env, "prompt", ""))
 
 
 class Media(NamedTuple):
@@ -39,6 +46,7 @@ class Media(NamedTuple):
     images: dict[str, Tensor]  # uint8 [h, w, 3]
     videos: dict[str, Tensor]  # uint8 [T, h, w, 3]
     histograms: dict[str, Tensor]  # float [N]: values to count
+    scalars: dict[str, Tensor]  # [] each
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,8 @@ class Agent:
         stepper: How: autocast, backward, optimiser, target networks.
         to_records: Collected transitions [..., t] -> what is stored, flat [R].
         record: One stored record, zeros: the layout of the replay.
-        hooks: Further (stage, callable) for the trainer. Usually none.
+        make_hooks: Makes further hooks, each with TorchRL's ``register(trainer)``, or None. Called once per training,
+            before anything is written; not where the agent only acts.
         make_media: A replay sample -> pictures, videos and histograms of it, or None.
     """
 
@@ -62,7 +71,7 @@ class Agent:
     stepper: OptimizationStepper
     to_records: Callable[[TensorDictBase], TensorDictBase]
     record: TensorDictBase
-    hooks: tuple[tuple[str, Callable[..., Any]], ...] = ()
+    make_hooks: Callable[[], Sequence[TrainerHookBase]] | None = None
     make_media: Callable[[TensorDictBase], Media] | None = None
 
 

@@ -34,6 +34,7 @@ def make_world_model(
     multipliers: tuple[int, ...] = MULTIPLIERS,
     downsample: str = "pool",
     unimix: float = 0.01,
+    decoded: Mapping[str, tuple[int, ...]] | None = None,
 ) -> WorldModel:
     """Build the world model for observations of the given shapes: images are (h, w, C), vectors (O,).
 
@@ -47,18 +48,20 @@ def make_world_model(
         depth, multipliers, downsample: See :class:`ImageEncoder`.
         units: Width of every MLP outside the RSSM.
         layers: Layers of the vector encoder and decoder.
+        decoded: Shapes of what the decoders give, where they differ from those of the observations.
     """
     state_size = categoricals * classes
     latent = {"belief_size": belief_size, "state_size": state_size}
     image = {"depth": depth, "multipliers": multipliers, "downsample": downsample}
     encoders, decoders = {}, {}
     for key, shape in sorted(observations.items(), key=lambda item: (len(item[1]), item[0])):
+        target = (decoded or {}).get(key, shape)
         if len(shape) == 3:
             encoders[key] = ImageEncoder(image_shape=shape, **image)
-            decoders[key] = ImageDecoder(**latent, image_shape=shape, units=units, blocks=blocks, **image)
+            decoders[key] = ImageDecoder(**latent, image_shape=target, units=units, blocks=blocks, **image)
         else:
             encoders[key] = VectorEncoder(shape[0], units=units, layers=layers)
-            decoders[key] = VectorDecoder(**latent, out_features=shape[0], units=units, layers=layers)
+            decoders[key] = VectorDecoder(**latent, out_features=target[0], units=units, layers=layers)
     rssm = RSSM(
         embed_size=sum(encoder.out_features for encoder in encoders.values()),
         action_size=action_size,

@@ -35,14 +35,14 @@ def make_media(model: WorldModelLoss, actor_critic: ImaginedActorCriticLoss, bat
     rollout = model.observe(batch)
     histograms = make_histograms(model, actor_critic, batch, rollout)
     if "pixels" not in model.world_model.decoders:
-        return Media({}, {}, histograms)
+        return Media({}, {}, histograms, {})
     steps = batch["action"].shape[1]
     length = min(steps, CONTEXT_STEPS + IMAGINED_STEPS)
     context = min(CONTEXT_STEPS, length // 2)
     rows = choose_sequences(batch["is_init"][:, :length])
     batch, rollout = batch[rows], Rollout(*(part[rows] for part in rollout))
     real = batch["pixels"].float() / 255  # [B, T, h, w, 3]
-    reconstructed = decode_pixels(model, rollout.feature)
+    reconstructed = model.decode_pixels(rollout.feature)
     recorded = batch["action"][:, context:length]
     seen = reconstructed[:, :context]
     predicted = torch.cat([seen, imagine_pixels(model, rollout, context, length, lambda _, step: recorded[:, step])], 1)
@@ -59,6 +59,7 @@ def make_media(model: WorldModelLoss, actor_critic: ImaginedActorCriticLoss, bat
         {name: to_bytes(join_columns(image.transpose(0, 1)).flatten(0, 1)) for name, image in images.items()},
         {name: to_bytes(video) for name, video in videos.items()},
         histograms,
+        {},
     )
 
 
@@ -89,13 +90,7 @@ def imagine_pixels(
 ) -> Tensor:
     """Images [B, length - context, h, w, 3] that the model imagines after ``context`` steps, under ``policy``."""
     start = (rollout.belief[:, context - 1], rollout.state[:, context - 1])
-    return decode_pixels(model, model.world_model.rssm.imagine(policy, *start, length - context).feature[:, 1:])
-
-
-def decode_pixels(model: WorldModelLoss, feature: Tensor) -> Tensor:
-    """Images [..., h, w, 3] of model states; other observations are not decoded."""
-    rssm = model.world_model.rssm
-    return model.world_model.decoders["pixels"](*feature.split([rssm.belief_size, rssm.state_size], -1))
+    return model.decode_pixels(model.world_model.rssm.imagine(policy, *start, length - context).feature[:, 1:])
 
 
 def join_columns(images: Tensor) -> Tensor:

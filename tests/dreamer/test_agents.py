@@ -9,8 +9,9 @@ from torchrl.data import Binary, Bounded, Categorical, Composite, MultiCategoric
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from dreamer.agents import dreamer_v3, load
-from dreamer.agents.dreamer_v3 import LOSSES, partition
+from dreamer.agents.assembly import partition
 from dreamer.agents.parts import ActionCodec, ToRecords
+from objectives import WorldModelLoss
 from objectives.functional import lambda_return
 from tests.helpers import (
     compose_config,
@@ -434,7 +435,7 @@ class TestAlignment:
 class TestBuild:
     def test_weights_go_to_their_losses(self):
         weights = compose_config()["agent"]["loss_weights"]
-        model, actor_critic, replay = partition(weights, *LOSSES)
+        model, actor_critic, replay = partition(weights, WorldModelLoss)
         assert set(actor_critic) == {"actor", "value"} and replay == {"value_replay": 0.3}
         assert model["model_representation"] == 0.1 and len(model) == 5
 
@@ -443,7 +444,7 @@ class TestBuild:
         weights = compose_config()["agent"]["loss_weights"] | change
         weights = {name: value for name, value in weights.items() if value is not None}
         with pytest.raises(ValueError, match=r"agent\.loss_weights"):
-            partition(weights, *LOSSES)
+            partition(weights, WorldModelLoss)
 
     def test_a_stale_key_names_itself(self):
         with pytest.raises(TypeError, match="no_such_knob"):

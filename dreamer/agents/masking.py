@@ -1,0 +1,160 @@
+"""What agents that learn from masks share: labelled records, the hook that labels them, and pictures."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.trainers.trainers import TrainerHookBase
+
+from dreamer.agents import Agent, EnvSpec, Media
+from dreamer.agents.assembly import observed_shapes
+from dreamer.agents.parts import ActionCodec, ToRecords, make_record
+from dreamer.agents.pictures import COLUMNS, choose_sequences, join_columns, make_media, overlay_mask, to_bytes
+from objectives import ImaginedActorCriticLoss, SegmentationDreamerModelLoss
+
+GROUND_TRUTH = "ground_truth"
+SOURCES = (GROUND_TRUTH, "sam3", "student", "colour")
+
+
+def check_masks(env_spec: EnvSpec, mask_source: str) -> None:
+    """Refuse what cannot give masks.
+
+    Raises:
+        ValueError: for an unknown source, no images, or no mask where the simulator is to give it.
+    """
+    if mask_source not in SOURCES:
+        raise ValueError(f"agent.mask_source={mask_source!r}: choose one of {SOURCES}")
+    if "pixels" not in env_spec.observation:
+        raise ValueError("this agent takes images apart: give env.from_pixels=true")
+    if mask_source == GROUND_TRUTH and "mask" not in env_spec.observation:
+        raise ValueError(
+            "agent.mask_source=ground_truth: the environment gives no mask; set env.emit_mask=true, or choose another "
+            f"agent.mask_source of {SOURCES[1:]} where the simulator has none"
+        )
+
+
+def choose_selective(selective: str | None, mask_source: str) -> str:
+    """The setting of a loss; by default masks are trusted if they are the simulator's."""
+    return selective or ("none" if mask_source == GROUND_TRUTH else "false_negative")
+
+
+def pixel_shapes(env_spec: EnvSpec) -> dict[str, tuple[int, ...]]:
+    """Shape of what the decoder of the pixels gives: the colours and the mask."""
+    *size, channels = env_spec.observation["pixels"].shape
+    return {"pixels": (*size, channels + 1)}
+
+
+def with_masks(
+    agent: Agent, *, env_spec: EnvSpec, codec: ActionCodec, mask_source: str, settings: Mapping[str, Any]
+) -> Agent:
+    """Let an agent store masks with its records, have them labelled, and show them.
+
+    Args:
+        agent: Its model loss is a :class:`SegmentationDreamerModelLoss`.
+        env_spec, codec: As for ``agent``.
+        mask_source: Where the masks come from, one of :data:`SOURCES`.
+        settings: Of the labels: ``agent.segmentation`` in the configuration.
+    """
+    keys = [*observed_shapes(env_spec), *(["mask"] if "mask" in env_spec.observation else [])]
+    device = next(agent.loss.parameters()).device
+    return replace(
+        agent,
+        to_records=LabelledRecords(ToRecords(keys, codec), mask_source),
+        record=add_labels(make_record(env_spec, keys, codec, agent.primers), mask_source),
+        make_media=partial(make_mask_media, agent.loss.model, agent.loss.actor_critic),
+        make_hooks=None
+        if mask_source == GROUND_TRUTH
+        else partial(make_hooks, mask_source, env_spec, device, settings),
+    )
+
+
+def make_hooks(
+    mask_source: str, env_spec: EnvSpec, device: torch.device, settings: Mapping[str, Any]
+) -> Sequence[TrainerHookBase]:
+    """The hook that labels the records; its segmenter is loaded here."""
+    from dreamer.annotation import AnnotateReplay
+    from dreamer.labellers import make_labeller
+
+    settings = dict(settings)
+    pace = {key: settings.pop(key) for key in ("frames_per_update", "asynchronous")}
+    settings["prompt"] = settings["prompt"] or env_spec.prompt
+    settings["device"] = settings["device"] or device
+    return [AnnotateReplay(make_labeller(mask_source, **settings), **pace)]
+
+
+class LabelledRecords:
+    """Turn collected transitions into replay records with a mask, or with room for one.
+
+    Args:
+        to_records: Makes the records, with the simulator's ``mask`` where there is one.
+        mask_source: See :func:`add_labels`.
+    """
+
+    def __init__(self, to_records: Callable[[TensorDictBase], TensorDictBase], mask_source: str):
+        self.to_records, self.mask_source = to_records, mask_source
+
+    def __call__(self, batch: TensorDictBase) -> TensorDictBase:
+        return add_labels(self.to_records(batch), self.mask_source)
+
+
+def add_labels(records: TensorDictBase, mask_source: str) -> TensorDictBase:
+    """Add ``mask`` [..., h, w, 1], ``mask_valid`` and ``mask_version`` [..., 1] to records.
+
+    The simulator's masks are valid at once. Others are empty and wait to be labelled; the simulator's is then kept as
+    ``true_mask``, to measure them with.
+    """
+    valid = torch.zeros_like(records["is_init"])
+    if mask_source == GROUND_TRUTH:
+        valid = ~valid
+    else:
+        if "mask" in records:
+            records.rename_key_("mask", "true_mask")
+        records["mask"] = torch.zeros_like(records["pixels"][..., :1])
+    records["mask_valid"], records["mask_version"] = valid, valid.long()
+    return records
+
+
+@torch.no_grad()
+def make_mask_media(
+    model: SegmentationDreamerModelLoss, actor_critic: ImaginedActorCriticLoss, batch: TensorDictBase
+) -> Media:
+    """What :func:`dreamer.agents.pictures.make_media` shows, and the image taken apart.
+
+    Returns:
+        Besides, each with a row of time steps per sequence: ``segmentation/overlay``, the labels on the frames (frames
+        without a label are all background); ``segmentation/foreground``, ``segmentation/mask``, and if the agent has
+        them ``segmentation/background`` and ``segmentation/composite``, which the model makes of the frames. The video
+        ``segmentation/comparison``: real | label | what the model makes, side by side, a row per sequence. The number
+        ``segmentation/model_iou`` compares the model's mask with the simulator's, or with the label if there is none.
+    """
+    media = make_media(model, actor_critic, batch)
+    batch = batch[choose_sequences(batch["is_init"])]
+    rollout = model.observe(batch)
+    image, label, labelled = model.read_labels(batch)
+    layers = model.take_apart(rollout, batch)
+    truth = batch["true_mask"].float() if "true_mask" in batch else label
+    known = torch.ones_like(labelled) if "true_mask" in batch else labelled
+    shown = {"overlay": overlay_mask(image, label)} | {name: layer.expand_as(image) for name, layer in layers.items()}
+    still = torch.linspace(0, image.shape[1] - 1, min(COLUMNS, image.shape[1])).long()
+    stills = {f"segmentation/{name}": join_columns(layer[:, still].transpose(0, 1)) for name, layer in shown.items()}
+    comparison = torch.cat([image, *shown.values()], 3).transpose(0, 1).flatten(1, 2)  # [T, B * h, n * w, 3]
+    return media._replace(
+        images=media.images | {name: to_bytes(row.flatten(0, 1)) for name, row in stills.items()},
+        videos=media.videos | {"segmentation/comparison": to_bytes(comparison)},
+        scalars={"segmentation/model_iou": mean_iou(layers["mask"], truth, known)} if known.any() else {},
+    )
+
+
+def mean_iou(masks: Tensor, truth: Tensor, known: Tensor) -> Tensor:
+    """Mean over the known frames of the IoU of masks and truth, each [B, T, h, w, 1] in [0, 1]; ``known`` is 0 or 1.
+
+    Two empty masks agree.
+    """
+    masks, truth = masks > 0.5, truth > 0.5
+    both, either = (masks & truth).flatten(2).sum(-1), (masks | truth).flatten(2).sum(-1)  # [B, T]
+    iou = torch.where(either > 0, both / either.clamp(min=1), 1.0)
+    return iou[known.flatten(2).any(-1)].mean()
