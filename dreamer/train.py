@@ -123,7 +123,7 @@ def build(start: Start) -> Trainer:
         optimization=config["optimization"],
         **without(config["agent"], "name"),
     )
-    agent_hooks = agent.make_hooks() if agent.make_hooks else ()
+    further_hooks = agent.make_hooks() if agent.make_hooks else ()
     replay = make_replay(config, agent, device)
     guard = FiniteGuard(config["nan_policy"])
     make = collector_factory(config, agent, env_spec, replay, guard)
@@ -135,7 +135,7 @@ def build(start: Start) -> Trainer:
     num_envs = min(evaluation["num_envs"], evaluation["episodes"])
     trainer = make_trainer(
         agent=agent,
-        agent_hooks=agent_hooks,
+        further_hooks=further_hooks,
         collector=collector,
         make_collector=make,
         env=env,

@@ -37,7 +37,7 @@ from dreamer.turns import Turns
 def make_trainer(
     *,
     agent: Agent,
-    agent_hooks: Sequence[TrainerHookBase],
+    further_hooks: Sequence[TrainerHookBase],
     collector: BaseCollector,
     make_collector: Callable[[int], BaseCollector],
     env: Mapping[str, Any],
@@ -59,7 +59,7 @@ def make_trainer(
     """Build the trainer and register its hooks.
 
     Args:
-        agent, agent_hooks, collector, make_collector, replay, logger: The parts.
+        agent, further_hooks, collector, make_collector, replay, logger: The parts.
         env: What the environments are made from, to tell whether a saved one can go on.
         run_dir: Run folder.
         make_eval_env: Makes the evaluation environments.
@@ -100,15 +100,20 @@ def make_trainer(
         ("shutdown", evaluate.finish),
         ("shutdown", save.save),
     ]
-    for stage, hook in hooks:
-        if hook is not None:
-            trainer.register_op(stage, hook)
-    for part in (logger, trainer.meter, CollectorState(trainer, env), *(hook for _, hook in hooks)):
-        if hasattr(part, "state_dict"):
-            trainer.register_module(type(part).__name__, part)
-    for hook in agent_hooks:
+    plug_in(trainer, hooks, stateful=[logger, trainer.meter, CollectorState(trainer, env)])
+    for hook in further_hooks:
         hook.register(trainer)
     return trainer
+
+
+def plug_in(trainer: "Trainer", hooks: Sequence[tuple[str, Callable | None]], stateful: Sequence[Any]) -> None:
+    """Register hooks at their stages, and the state of all that have some."""
+    hooks = [(stage, hook) for stage, hook in hooks if hook is not None]
+    for stage, hook in hooks:
+        trainer.register_op(stage, hook)
+    for part in (*stateful, *(hook for _, hook in hooks)):
+        if hasattr(part, "state_dict"):
+            trainer.register_module(type(part).__name__, part)
 
 
 class Trainer(torchrl.trainers.Trainer):

@@ -33,6 +33,7 @@ def make_env(
     pixels_only: bool = True,
     render: Mapping[str, Any] | None = None,
     distraction: Mapping[str, Any] | None = None,
+    emit_mask: bool = False,
     seed: int = 0,
     stream: int | None = None,
     device: torch.device | str = "cpu",
@@ -52,19 +53,22 @@ def make_env(
             benchmarks use) and `backend` ("mujoco", or "mjwarp": ray casting, another image, fast without a GPU).
         distraction: `name` of a distraction in `envs.transforms.distraction` and its options, such as
             `{"name": "color_grid", "level": "action"}`; None or the name "none" for none.
+        emit_mask: write the simulator's mask of the foreground in the image as shown, whatever distracts. Images stay
+            the same. The floor is background, but for a distraction with `replace_floor=False`.
         seed: of the environment and its transforms, in [0, 2**32); every episode derives its own.
         stream: number that marks the observations of this environment, None for no mark.
         device: where the tensors go.
         transforms: more transforms, or functions that make them, to apply after the images are drawn.
 
     Writes:
-        `pixels` uint8 `[h, w, 3]` and/or `observation` float32 `[O]`; `reward` float32 `[1]`; `is_init`,
-        `terminated`, `truncated`, `done` bool `[1]`; `previous_action` `[A]`, `previous_reward` `[1]`;
-        `stream` int64 `[1]` if asked for; what the distraction writes.
+        `pixels` uint8 `[h, w, 3]` and/or `observation` float32 `[O]`; `mask` bool `[h, w, 1]` if asked for; `reward`
+        float32 `[1]`; `is_init`, `terminated`, `truncated`, `done` bool `[1]`; `previous_action` `[A]`,
+        `previous_reward` `[1]`; `stream` int64 `[1]` if asked for; what the distraction writes.
 
     Raises:
         ValueError: a name, task, count or option that does not exist; the message lists those that do. Or a
-            distraction without images.
+            distraction or a mask without images.
+        TypeError: the backend has no mask where one is needed, or cannot draw in the way that is asked for.
         ImportError: the simulator of the backend is not installed.
     """
     check_choice("backend", backend, BACKENDS)
@@ -73,8 +77,10 @@ def make_env(
     distractor = make_distraction(distraction)
     if distractor is not None and not from_pixels:
         raise ValueError(f"distraction={dict(distraction or {})}: needs images, from_pixels=True")
+    if emit_mask and not from_pixels:
+        raise ValueError("emit_mask=True: needs images, from_pixels=True")
     base = BACKENDS[backend](name=name, task=task, frame_skip=frame_skip, seed=seed, device=device)
-    chain = draw(image_size, render or {}, distractor) if from_pixels else []
+    chain = draw(image_size, render or {}, distractor, emit_mask) if from_pixels else []
     if from_pixels and pixels_only:
         chain.append(ExcludeTransform("observation"))
     chain += [item if isinstance(item, Transform) else item() for item in transforms]
@@ -88,18 +94,31 @@ def make_env(
     return env
 
 
-def draw(image_size: int, render: Mapping[str, Any], distraction: Transform | None) -> list[Transform]:
+def draw(
+    image_size: int, render: Mapping[str, Any], distraction: Transform | None, emit_mask: bool = False
+) -> list[Transform]:
     """The transforms that draw an image with its distraction.
 
     Args:
         image_size: height and width in pixels.
         render: options of `envs.Render`.
         distraction: see `envs.transforms.distraction`; None for none.
+        emit_mask: leave the simulator's mask in the observations.
+
+    Raises:
+        ValueError: `emit_mask`, and the distraction emits a mask of its own.
     """
-    needs = getattr(distraction, "render_options", {})
-    chain: list[Transform] = [Render(image_size, **{**render, **needs})]
+    needs = dict(getattr(distraction, "render_options", {}))
+    keeps_mask = getattr(distraction, "emit_mask", False)
+    if emit_mask and keeps_mask and not needs.get("mask"):
+        raise ValueError(
+            "emit_mask=True and distraction.emit_mask=True: two masks, the simulator's and that of the colours "
+            "(mask='chroma'); choose one of them"
+        )
+    drawn = {"mask": True, "reflections": True, **needs} if emit_mask and not needs.get("mask") else needs
+    chain: list[Transform] = [Render(image_size, **{**render, **drawn})]
     if distraction is not None:
         chain.insert(0 if getattr(distraction, "before_render", False) else 1, distraction)
-    if needs.get("mask") and not getattr(distraction, "emit_mask", False):
+    if drawn.get("mask") and not (emit_mask or keeps_mask):
         chain.append(ExcludeTransform("mask"))
     return chain

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from envs.choices import check_choice
-from envs.tasks import default_camera
+from envs.tasks import default_camera, task_prompt
 
 
 class SuiteTask(NamedTuple):
@@ -42,24 +42,20 @@ class SuiteTask(NamedTuple):
     missing: str = ""
 
 
-# Domain -> family, prompt, tasks.
-_DOMAINS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "walker": ("locomotion", "robot", ("stand", "walk", "run")),
-    "cheetah": ("locomotion", "robot", ("run",)),
-    "hopper": ("locomotion", "robot", ("stand", "hop")),
-    "humanoid": ("locomotion", "robot", ("stand", "walk", "run")),
-    "quadruped": ("locomotion", "robot", ("walk", "run")),
-    "reacher": ("manipulation", "robot arm . ball", ("easy", "hard")),
-    "finger": ("manipulation", "robot finger . spinner . ball", ("spin", "turn_easy", "turn_hard")),
-    "ball_in_cup": ("manipulation", "ball . cup", ("catch",)),
-    "cartpole": (
-        "control",
-        "cart . pole",
-        ("balance", "balance_sparse", "swingup", "swingup_sparse", "two_poles", "three_poles"),
-    ),
-    "acrobot": ("control", "pole . ball", ("swingup", "swingup_sparse")),
-    "pendulum": ("control", "pole", ("swingup",)),
-    "point_mass": ("control", "ball . target", ("easy",)),
+# Domain -> family, tasks.
+_DOMAINS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "walker": ("locomotion", ("stand", "walk", "run")),
+    "cheetah": ("locomotion", ("run",)),
+    "hopper": ("locomotion", ("stand", "hop")),
+    "humanoid": ("locomotion", ("stand", "walk", "run")),
+    "quadruped": ("locomotion", ("walk", "run")),
+    "reacher": ("manipulation", ("easy", "hard")),
+    "finger": ("manipulation", ("spin", "turn_easy", "turn_hard")),
+    "ball_in_cup": ("manipulation", ("catch",)),
+    "cartpole": ("control", ("balance", "balance_sparse", "swingup", "swingup_sparse", "two_poles", "three_poles")),
+    "acrobot": ("control", ("swingup", "swingup_sparse")),
+    "pendulum": ("control", ("swingup",)),
+    "point_mass": ("control", ("easy",)),
 }
 
 # Three tasks of each difficulty; the other tasks have none.
@@ -89,13 +85,14 @@ _REACH_TARGET = SuiteTask(
 
 
 def _make_row(domain: str, task: str) -> SuiteTask:
-    family, prompt, _ = _DOMAINS[domain]
+    family, _ = _DOMAINS[domain]
     name = f"{domain}_{task}"
     difficulty = (_DIFFICULTY[name],) if name in _DIFFICULTY else ()
-    return SuiteTask(name, domain, task, default_camera(domain), prompt, (*difficulty, family, "dmc27", "all"))
+    groups = (*difficulty, family, "dmc27", "all")
+    return SuiteTask(name, domain, task, default_camera(domain), task_prompt(domain), groups)
 
 
-_ROWS = [_make_row(domain, task) for domain, (_, _, tasks) in _DOMAINS.items() for task in tasks]
+_ROWS = [_make_row(domain, task) for domain, (_, tasks) in _DOMAINS.items() for task in tasks]
 
 TASKS: dict[str, SuiteTask] = {row.id: row for row in [*_ROWS, _REACH_TARGET]}
 

@@ -16,10 +16,30 @@ REWARD_RANGES: dict[tuple[str, str], tuple[float | tuple[float, float], ...]] = 
 }
 UNBOUNDED_REWARDS = ("lqr",)  # all other domains of the suite reward a frame with 0 to 1
 
+PROMPTS = {  # what belongs to the foreground, in words; " . " between concepts
+    "acrobot": "pole . ball",
+    "ball_in_cup": "ball . cup",
+    "cartpole": "cart . pole",
+    "cheetah": "robot",
+    "finger": "robot finger . spinner . ball",
+    "hopper": "robot",
+    "humanoid": "robot",
+    "pendulum": "pole",
+    "point_mass": "ball . target",
+    "quadruped": "robot",
+    "reacher": "robot arm . ball",
+    "walker": "robot",
+}
+
 
 def default_camera(domain: str) -> int:
     """The index of the camera that shows a dm_control domain in pixel benchmarks."""
     return CAMERAS.get(domain, 0)
+
+
+def task_prompt(domain: str) -> str:
+    """What belongs to the foreground of a dm_control domain, in words, " . " between concepts; empty if unknown."""
+    return PROMPTS.get(domain, "")
 
 
 def reward_range(domain: str, task: str) -> tuple[float | tuple[float, float], ...] | None:

@@ -13,7 +13,7 @@ from envs.backends.actions import ActionScale
 from envs.backends.base import BackendEnv
 from envs.choices import choose_task
 from envs.gl import require_gl_backend
-from envs.tasks import default_camera, reward_range
+from envs.tasks import default_camera, reward_range, task_prompt
 
 FAST_FLAGS = {"shadow": False, "reflection": False}
 GEOM = 5  # mujoco.mjtObj.mjOBJ_GEOM
@@ -80,6 +80,11 @@ class DMCEnv(BackendEnv):
     def frame_rewards(self) -> tuple[float | tuple[float, float], ...] | None:
         """The rewards that a simulator frame may give, as points and (low, high) intervals; None if unknown."""
         return reward_range(self.name, self.task)
+
+    @property
+    def prompt(self) -> str:
+        """What belongs to the foreground, in words, " . " between concepts; empty if unknown."""
+        return task_prompt(self.name)
 
     @property
     def action_bounds(self) -> tuple[list[float], list[float]]:

@@ -40,6 +40,7 @@ class GymnasiumEnv(GymEnv):
     """
 
     clips_action = True
+    prompt = ""  # what belongs to the foreground is not known
     _reset_seed: int | None = None  # of the next reset
 
     def __init__(

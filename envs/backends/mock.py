@@ -52,6 +52,8 @@ class MockEnv(BackendEnv):
         ValueError: the name or the task does not exist, or `frame_skip` is below 1.
     """
 
+    prompt = ""  # no words for what is drawn
+
     clips_action = True
 
     def __init__(

@@ -1,5 +1,17 @@
 """Masks of the foreground: from the simulator, from colours, from SAM 3, and from a small network that learns from them."""
 
+from envs.segmentation.colour import ColourModel
+from envs.segmentation.ground_truth import GroundTruth
+from envs.segmentation.labels import load_labels
 from envs.segmentation.protocol import Segmenter, check_frames, fingerprint, join_concepts, split_prompt
 
-__all__ = ["Segmenter", "check_frames", "fingerprint", "join_concepts", "split_prompt"]
+__all__ = [
+    "ColourModel",
+    "GroundTruth",
+    "Segmenter",
+    "check_frames",
+    "fingerprint",
+    "join_concepts",
+    "load_labels",
+    "split_prompt",
+]

@@ -20,7 +20,7 @@ class Render(Transform):
     The base environment draws through its method `render(height, width, camera, fast) -> uint8 [height, width, 3]`.
     It skips frames itself, so nothing is drawn in between. For a mask it has a method
     `foreground_mask(height, width, camera, replace_floor) -> bool [height, width]` besides, and `render` takes
-    `reflections=False`: where the floor is to be replaced, its reflections are not drawn. With `backend="mjwarp"` it
+    `reflections=False`. With `backend="mjwarp"` it
     draws both in one pass through `ray_cast(height, width, camera, fast, replace_floor=) -> (image, mask)`.
 
     Args:
@@ -29,6 +29,7 @@ class Render(Transform):
         fast: draw a cheaper image, see `envs.backends.dmc.DMCEnv.render`.
         mask: write the mask of the foreground as well.
         replace_floor: whether the floor counts as background in the mask.
+        reflections: draw what the floor mirrors; None for where there is no mask by which the floor is replaced.
         backend: "mujoco", or "mjwarp" for ray casting, several times faster on a CPU and another image, see
             `envs.backends.warp_renderer`.
 
@@ -50,6 +51,7 @@ class Render(Transform):
         fast: bool = False,
         mask: bool = False,
         replace_floor: bool = True,
+        reflections: bool | None = None,
         backend: str = "mujoco",
     ):
         super().__init__(out_keys=["pixels", "mask"] if mask else ["pixels"])
@@ -60,7 +62,8 @@ class Render(Transform):
         self.mask, self.replace_floor = mask, replace_floor
         check_choice("render backend", backend, BACKENDS)
         self.backend = backend
-        self._options = {"reflections": False} if mask and replace_floor else {}
+        reflections = not (mask and replace_floor) if reflections is None else reflections
+        self._options = {} if reflections else {"reflections": False}
 
     def _base_env(self) -> Any:
         env: Any = self.container
@@ -73,7 +76,8 @@ class Render(Transform):
         if self.mask and not callable(getattr(kind, "foreground_mask", None)):
             raise TypeError(
                 f"{kind.__name__} has no foreground_mask(height, width, camera, replace_floor): a mask from the "
-                "simulator needs one of the backends dmc and mock; elsewhere derive it from the colours (mask='chroma')"
+                "simulator needs one of the backends dmc and mock, elsewhere leave emit_mask=False; a distraction can "
+                "derive its own from the colours (mask='chroma'), and envs.ConceptMask from a segmenter"
             )
         if self.backend == "mjwarp" and not callable(getattr(kind, "ray_cast", None)):
             raise TypeError(f"{kind.__name__} has no ray_cast: render.backend='mjwarp' draws only dm_control (env=dmc)")

@@ -132,7 +132,7 @@ def test_in_a_program_of_someone_else(tmp_path):
 def test_the_examples_of_the_page_run(monkeypatch, capsys):
     """One after the other in one module."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "reuse_a_transform.md").read_text(), flags=re.S)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     module = ModuleType("page_of_examples")  # importable, because the checks pickle what is defined there
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec("\n".join(blocks), module.__dict__)
