@@ -38,6 +38,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from dreamer.replay_storage import RecordRings, bring_to_disk, enumerate_runs
 
 STATE_FILE = "replay.json"
+SEARCH_SPAN = 1024  # records of each stream that `newest` looks at first
 
 
 class SequenceReplay(RecordRings):
@@ -107,6 +108,7 @@ class SequenceReplay(RecordRings):
         self._online = online
         self._next_online = np.zeros(num_streams, dtype=np.int64)  # [S] first position not handed out online
         self._next_new = np.zeros(num_streams, dtype=np.int64)  # [S] first position not returned by read_new
+        self._settled: dict[NestedKey, np.ndarray] = {}  # flag -> [S] positions below which `newest` need not look
         self._rng = np.random.default_rng(seed)
         self._prefetch = prefetch
         self._executor = ThreadPoolExecutor(1, "replay-prefetch") if prefetch else None
@@ -141,31 +143,69 @@ class SequenceReplay(RecordRings):
         return batch.to(self.device, non_blocking=True)
 
     def write_context(self, stream: torch.Tensor, position: torch.Tensor, context: TensorDictBase) -> None:
-        """Replace the latents of the training steps of sampled windows.
-
-        Records that were overwritten meanwhile are left alone; so are, beside writers in other processes, the
-        T oldest ones of a ring, which may be overwritten during this call.
+        """Replace the latents of the training steps of sampled windows, like `write`.
 
         Args:
-            stream: [B] as in the sampled `context`.
-            position: [B] as in the sampled `context`, of the first training step.
+            stream, position: [B] as in the sampled `context`.
             context: [B, T] the context keys, in shape and dtype of the record.
 
         Raises:
             ValueError: missing or unknown keys, a wrong shape or dtype.
         """
-        expected = (len(stream), self.sequence_length)
-        if tuple(context.batch_size) != expected:
-            raise ValueError(f"context has batch size {list(context.batch_size)} instead of {list(expected)}")
+        expected = [len(stream), self.sequence_length]
+        if list(context.batch_size) != expected:
+            raise ValueError(f"context has batch size {list(context.batch_size)} instead of {expected}")
         self._check(context, self.context_keys)
-        position = position.cpu().numpy()[:, None] + np.arange(self.sequence_length)  # [B, T]
-        stream = np.broadcast_to(stream.cpu().numpy()[:, None], position.shape)  # [B, T]
-        oldest, written = self._readable()
-        margin = self.sequence_length if self.shared else 0
-        held = (position >= oldest[stream] + margin) & (position < written[stream])  # [B, T]
-        rows = self._rows(stream[held], position[held])  # [R]
-        for key in self.context_keys:
-            self._put(key, rows, context.get(key).flatten(0, 1), np.flatnonzero(held))
+        position = position.cpu()[:, None] + torch.arange(self.sequence_length)  # [B, T]
+        self.write(stream.repeat_interleave(self.sequence_length), position.flatten(), context.flatten(0, 1))
+
+    def write(self, stream: torch.Tensor, position: torch.Tensor, values: TensorDictBase) -> int:
+        """Replace some entries of records that are held.
+
+        Records that were overwritten meanwhile are left alone; so are, beside writers in other processes, the T oldest
+        ones of a full ring, which may be overwritten during this call.
+
+        Args:
+            stream, position: [R] as `newest` gives them; of a record that is named twice, one value stays.
+            values: [R] some keys of the record, in its shape and dtype.
+
+        Returns:
+            How many records were written.
+
+        Raises:
+            ValueError: unknown keys, a wrong shape or dtype.
+        """
+        keys = list(values.keys(True, True))
+        self._check(values, [key for key in keys if key in self._layout])
+        stream, position, (oldest, written) = stream.cpu().numpy(), position.cpu().numpy(), self._writable()
+        held = np.flatnonzero((position >= oldest[stream]) & (position < written[stream]))
+        for key in keys:
+            self._put(key, self._rows(stream[held], position[held]), values.get(key), held)
+        return len(held)
+
+    def newest(self, limit: int, keys: Sequence[NestedKey], *, unset: NestedKey) -> TensorDict:
+        """Copy the newest records whose flag is not set, among those that `write` can reach.
+
+        The search goes back as far as it must, and never again to where all flags were set: they must stay so.
+
+        Args:
+            limit: how many at most.
+            keys: the keys wanted.
+            unset: the flag, a key of bool [1].
+
+        Returns:
+            [R] with those keys, `stream` [R] and `position` [R] int64, by age in records of the own stream.
+        """
+        oldest, written = self._writable()
+        settled = self._settled.setdefault(unset, np.zeros_like(written))  # [S] below it all flags are set
+        np.maximum(settled, oldest, out=settled)
+        stream, position = self._find_unset(unset, limit, settled, written)
+        if len(position) < limit:
+            settled[:] = written
+            np.minimum.at(settled, stream, position)
+        records = TensorDict({key: self._get(key, self._rows(stream, position)) for key in keys}, [len(stream)])
+        records["stream"], records["position"] = torch.from_numpy(stream), torch.from_numpy(position)
+        return records[torch.from_numpy(position >= self._oldest()[stream])]
 
     def read_new(self, keys: Sequence[NestedKey]) -> TensorDict:
         """Copy what was written since the previous call, or is left of it.
@@ -266,6 +306,7 @@ class SequenceReplay(RecordRings):
         self._written.numpy()[:] = written
         self._next_online[:] = state["next_online"]
         self._next_new[:] = state["next_new"]
+        self._settled.clear()
         self._rng.bit_generator.state = state["generator"]
 
     def close(self) -> None:
@@ -290,6 +331,28 @@ class SequenceReplay(RecordRings):
             batch[torch.from_numpy(torn)] = self._read_windows(stream[torn], start[torn])
             torn &= start < self._oldest()[stream]
         return batch
+
+    def _writable(self) -> tuple[np.ndarray, np.ndarray]:
+        """Like `_readable`, less the T records that other processes may overwrite during a write."""
+        written = self._written.numpy().copy()
+        ahead = self.sequence_length if self.shared else 0
+        return np.clip(self._announced.numpy() + ahead - self.ring_length, 0, written), written
+
+    def _find_unset(self, flag: NestedKey, limit: int, first: np.ndarray, end: np.ndarray):
+        """Stream [R] and position [R] of the newest records, first [S] <= position < end [S], whose flag is not set."""
+        flags = self._by_stream(self._storage.get(flag))[..., 0]  # [S, L] bytes
+        found, age, span = [np.empty(0, np.int64)], 0, SEARCH_SPAN
+        while sum(map(len, found)) < limit and (age < end - first).any():
+            for stream in np.flatnonzero(age < end - first):
+                stop = end[stream] - age
+                count = min(span, stop - first[stream])
+                slot = (stop - count) % self.ring_length
+                parts = flags[stream, slot : slot + count], flags[stream, : max(slot + count - self.ring_length, 0)]
+                ages = age + np.flatnonzero(torch.cat(parts).cpu().numpy()[::-1] == 0)[:limit]
+                found.append(ages * self.num_streams + stream)
+            age, span = age + span, span * 8
+        ages, stream = np.divmod(np.sort(np.concatenate(found))[:limit], self.num_streams)
+        return stream, end[stream] - 1 - ages
 
     def _read_windows(self, stream: np.ndarray, start: np.ndarray) -> TensorDict:
         """Copy the windows that begin with the context records `start` [B] of the streams [B]."""

@@ -49,16 +49,30 @@ def pixel_shapes(env_spec: EnvSpec) -> dict[str, tuple[int, ...]]:
 
 
 def with_masks(
-    agent: Agent, *, env_spec: EnvSpec, codec: ActionCodec, mask_source: str, settings: Mapping[str, Any]
+    agent: Agent,
+    *,
+    env_spec: EnvSpec,
+    codec: ActionCodec,
+    optimization: Mapping[str, Any],
+    mask_source: str,
+    settings: Mapping[str, Any],
 ) -> Agent:
     """Let an agent store masks with its records, have them labelled, and show them.
 
     Args:
         agent: Its model loss is a :class:`SegmentationDreamerModelLoss`.
-        env_spec, codec: As for ``agent``.
+        env_spec, codec, optimization: As for ``agent``.
         mask_source: Where the masks come from, one of :data:`SOURCES`.
         settings: Of the labels: ``agent.segmentation`` in the configuration.
+
+    Raises:
+        ValueError: for labels from a thread beside a CUDA graph.
     """
+    if settings["asynchronous"] and optimization["cudagraph"]:
+        raise ValueError(
+            "agent.segmentation.asynchronous=true: give optimization.cudagraph=false as well, because a graph cannot "
+            "be captured while another thread uses the GPU"
+        )
     keys = [*observed_shapes(env_spec), *(["mask"] if "mask" in env_spec.observation else [])]
     device = next(agent.loss.parameters()).device
     return replace(
@@ -75,15 +89,26 @@ def with_masks(
 def make_hooks(
     mask_source: str, env_spec: EnvSpec, device: torch.device, settings: Mapping[str, Any]
 ) -> Sequence[TrainerHookBase]:
-    """The hook that labels the records; its segmenter is loaded here."""
+    """The hook that labels the records; its segmenter is loaded here.
+
+    Raises:
+        ValueError: for a source that learns from the simulator's masks, where there are none.
+    """
     from dreamer.annotation import AnnotateReplay
     from dreamer.labellers import make_labeller
 
     settings = dict(settings)
+    origin = settings["teacher"] if mask_source == "student" else mask_source
+    has_labels = "mask" in env_spec.observation or (origin == "colour" and settings["labels"])
+    if origin != "sam3" and not has_labels:
+        raise ValueError(
+            f"agent.mask_source={mask_source} learns from masks, and there are none: set env.emit_mask=true where the "
+            "simulator has them, or agent.segmentation.labels=<folder of labelled frames> for the colour model"
+        )
     pace = {key: settings.pop(key) for key in ("frames_per_update", "asynchronous")}
     settings["prompt"] = settings["prompt"] or env_spec.prompt
     settings["device"] = settings["device"] or device
-    return [AnnotateReplay(make_labeller(mask_source, **settings), **pace)]
+    return [AnnotateReplay(make_labeller(mask_source, **settings), **pace, device=settings["device"])]
 
 
 class LabelledRecords:

@@ -82,7 +82,14 @@ def build(
         slow_critic_rate=slow_critic_rate,
         return_norm_rate=return_norm_rate,
     )
-    return with_masks(agent, env_spec=env_spec, codec=codec, mask_source=mask_source, settings=segmentation)
+    return with_masks(
+        agent,
+        env_spec=env_spec,
+        codec=codec,
+        optimization=optimization,
+        mask_source=mask_source,
+        settings=segmentation,
+    )
 
 
 def make_background(

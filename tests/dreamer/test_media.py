@@ -14,7 +14,12 @@ from dreamer.media import LogMedia
 def make_media(batch):
     """One of each kind, drawn at random."""
     image = torch.randint(256, (16, 16, 3), dtype=torch.uint8)
-    return Media({"train/original": image}, {"train/observation_video": image[None]}, {"histograms/kl": torch.rand(9)}, {"segmentation/model_iou": torch.tensor(0.5)})
+    return Media(
+        {"train/original": image},
+        {"train/observation_video": image[None]},
+        {"histograms/kl": torch.rand(9)},
+        {"segmentation/model_iou": torch.tensor(0.5)},
+    )
 
 
 @pytest.fixture

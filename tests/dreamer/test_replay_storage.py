@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Sequence
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from torchrl.data import Composite, Unbounded
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import RandomPolicy
 
+from dreamer.replay import SequenceReplay
 from dreamer.replay_storage import RecordRings
 from tests.dreamer.replay_records import assert_equal, fill, make_latents, make_record, make_records, make_replay
 
@@ -229,28 +231,39 @@ class TestWriters:
             ForkingPickler.dumps(make_replay())
 
 
-def write_from_process(rings: RecordRings, stream: int, first: int, count: int) -> None:
-    assert type(rings) is RecordRings and rings.shared
+def write_from_process(rings: Sequence[RecordRings], stream: int, first: int, count: int) -> None:
+    """Fill one replay after the other."""
     torch.set_num_threads(1)
-    fill(rings, stream, first, count)
+    for each in rings:
+        assert type(each) is RecordRings and each.shared
+        fill(each, stream, first, count)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("on_disk", [False, True])
-def test_processes_write_while_the_learner_samples(tmp_path, on_disk):
-    replay = make_replay(capacity=400, prefetch=1, memmap_dir=tmp_path if on_disk else None)
-    fill(replay, 0, 0, 20)
-    expected = replay.read_new(["action"])["action"][:, 0].tolist()
-    replay.share()
+def test_processes_write_while_the_learner_samples(tmp_path):
+    """Into a replay in shared memory, then into one on disk."""
+    replays = [make_replay(capacity=400, prefetch=1, memmap_dir=folder) for folder in (None, tmp_path)]
+    for replay in replays:
+        fill(replay, 0, 0, 20)
+        replay.share()
+        replay.write_limit = 1000
     context = mp.get_context("spawn")
     writers = [
-        context.Process(target=write_from_process, args=(replay, stream, first, 3000 - first))
+        context.Process(target=write_from_process, args=(replays, stream, first, 3000 - first))
         for stream, first in ((0, 20), (1, 0))
     ]
-    replay.write_limit = 1000
     for writer in writers:
         writer.start()
-    seen = [expected, []]
+    for replay in replays:
+        watch_writers(replay)
+    for writer in writers:
+        writer.join(timeout=60)
+        assert writer.exitcode == 0
+
+
+def watch_writers(replay: SequenceReplay) -> None:
+    """Use a replay as the learner does until all is written, and look at every record."""
+    seen = [[], []]
     while replay.write_count < 6000:
         batch = replay.sample()
         position = batch["context", "position"][:, None] + torch.arange(8)
@@ -261,16 +274,14 @@ def test_processes_write_while_the_learner_samples(tmp_path, on_disk):
             seen[record["stream"]].append(int(record["action"][0]))
         if replay.write_count >= 1000:
             replay.release()
-    for writer in writers:
-        writer.join(timeout=60)
-        assert writer.exitcode == 0
     replay.close()
+    assert seen[0] and seen[1]
     for positions in seen:
         assert positions == sorted(set(positions))
 
 
 def start_waiting_writer(rings: RecordRings, pid) -> None:
-    writer = mp.get_context("spawn").Process(target=write_from_process, args=(rings, 0, 0, 40))
+    writer = mp.get_context("spawn").Process(target=write_from_process, args=([rings], 0, 0, 40))
     writer.start()
     pid.value = writer.pid
     while rings.write_count < 20:
