@@ -84,7 +84,7 @@ def train(agent: str, seed: int, env: Env, args: argparse.Namespace) -> Path:
         "agent.downsample=strided",
         "collector=sync",
         f"collector.total_frames={args.frames}",
-        f"collector.init_random_frames={args.frames}",
+        "collector.init_random_frames=1000",
         f"train_ratio={args.train_ratio}",
         "replay_buffer.batch_size=8",
         "replay_buffer.sequence_length=32",
@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--distraction", default="color_grid_max", help="choice of env/distraction, a ColorGrid")
     parser.add_argument("--size", default="1m", help="choice of agent/size")
     parser.add_argument("--image-size", type=int, default=64, help="pixels")
-    parser.add_argument("--frames", type=int, default=10_000, help="training frames, of random actions")
+    parser.add_argument("--frames", type=int, default=10_000, help="training frames")
     parser.add_argument("--train-ratio", type=float, default=30.0, help="replayed steps per collected step")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--sequences", type=int, default=64, help="held-out sequences, one episode each")

@@ -1,7 +1,8 @@
 """Small agents, batches and runs for the tests of the networks, the losses and the program."""
 
 from collections.abc import Iterable, Mapping
-from functools import partial
+from copy import deepcopy
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ ACTION = Bounded(-1.0, 1.0, (2,))
 
 def compose_config(*overrides: str) -> dict[str, Any]:
     """The configuration of a run as plain containers."""
+    return deepcopy(compose_once(*overrides))
+
+
+@lru_cache
+def compose_once(*overrides: str) -> dict[str, Any]:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return OmegaConf.to_container(compose("train", overrides=list(overrides)), resolve=True)
 

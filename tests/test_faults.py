@@ -28,7 +28,6 @@ SLOW = (
     "orphans, SIGINT to all its processes",
     "preemption, SIGUSR1 during an evaluation",
     "resume equal to the bit, SIGKILL, memory-mapped replay",
-    "same seed, sync",
     "secrets and open ports",
 )
 

@@ -12,11 +12,9 @@ from dreamer.trainer import Trainer
 from tests.helpers import make_run, optimiser_state, snapshot
 
 PIXELS = ("env.from_pixels=true", "env.image_size=16", "logger.images=false", "logger.histograms=false")
-RUNS = {
-    "continuous": (),
-    "background": (*PIXELS, "env/distraction=color_grid_random"),
-}
+RUNS = {"continuous": ()}
 SLOW = {
+    "background": (*PIXELS, "env/distraction=color_grid_random"),
     "discrete": ("env.task=discrete",),
     "terminating": ("env.task=terminating", "collector.envs_per_collector=3", "collector.frames_per_batch=12"),
     "cheetah": (
@@ -26,6 +24,7 @@ SLOW = {
         "collector.total_frames=192",
         "collector.frames_per_batch=16",
     ),
+    "student": (*PIXELS, "agent=world2filter", "agent.mask_source=student", "agent.segmentation.teacher=ground_truth"),
     "video": (*PIXELS, "env/distraction=natural_video"),
     "gym": ("env=gym", "env.name=CartPole-v1", "env.from_pixels=false"),
 }

@@ -129,12 +129,16 @@ class Student:
         """Reads what `save` wrote.
 
         Raises:
-            RuntimeError: the file holds the weights of something else.
+            ValueError: the file holds something else.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load
 
         net = StudentNet()
-        net.load_state_dict(load(Path(path).read_bytes()))
+        try:
+            net.load_state_dict(load(Path(path).read_bytes()))
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{path} does not hold the weights of a student: give what `Student.save` wrote") from error
         return cls(net.to(device))
 
 

@@ -110,7 +110,7 @@ def test_bench_collectors_beside_torchrl(run):
 
 @pytest.mark.slow
 def test_bench_collectors_with_workers(run):
-    _, figures = run("bench_collectors.py", "--quick", "--rivals", "sync,multi_sync,multi_async")
+    _, figures = run("bench_collectors.py", "--quick", "--seconds", "0.2", "--rivals", "sync,multi_sync,multi_async")
     assert [row["collector"] for row in figures["rows"]] == [
         "ours sync",
         "ours multi_async",

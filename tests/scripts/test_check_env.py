@@ -1,8 +1,6 @@
 """scripts/check_env.py on good and on broken environments, and the page about them."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from gymnasium import spaces
 import scripts.check_env
 from scripts.check_env import CHECKS, examine
 from tests.helpers import compose_config
+from tests.programs import run_program
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "custom_env.md").read_text()
@@ -170,16 +169,15 @@ def test_the_example_of_the_page_passes(capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_page_run(tmp_path):
+def test_the_commands_of_the_page_run(monkeypatch, tmp_path):
     (tmp_path / "my_module.py").write_text(BLOCKS[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_module", raising=False)
     commands = re.findall(r"^python (\S+) (.*)$", PAGE, flags=re.M)
     assert [program for program, _ in commands] == ["scripts/check_env.py"] * 2 + ["dreamer/train.py"]
     small = ["agent/size=debug", "collector.total_frames=256", "collector.frames_per_batch=32", "train_ratio=2"]
     small += ["collector.init_random_frames=32", "replay_buffer.batch_size=2", "replay_buffer.sequence_length=4"]
     small += ["eval.episodes=1", "logger.backends=[]"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     for program, arguments in (commands[1], commands[2]):
-        command = [sys.executable, str(ROOT / program), *arguments.split(), *(small if "train" in program else [])]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "FAILED" not in done.stdout
+        assert "FAILED" not in run_program(program, *arguments.split(), *(small if "train" in program else []))

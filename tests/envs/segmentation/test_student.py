@@ -4,6 +4,7 @@ import pickle
 from copy import deepcopy
 
 import pytest
+import safetensors.torch
 import torch
 
 from envs.segmentation import Segmenter
@@ -205,6 +206,14 @@ def test_student_is_a_segmenter(tmp_path):
         assert other.version == student.version and torch.equal(other(frames), masks)
     assert 20_000 < sum(p.numel() for p in StudentNet().parameters()) < 40_000
     assert student(frames[:, :, :20]).shape == (20, SIZE, 20, 1)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "student.safetensors"
+    for content in (b"no weights", safetensors.torch.save({"weight": torch.zeros(3)})):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"student\.safetensors does not hold the weights of a student"):
+            Student.load(path)
 
 
 def test_wrong_shapes_and_options_say_what_to_give():
