@@ -17,7 +17,7 @@ FILM_BYTES = 300_000  # of an evaluation
 STATISTICS = ("mean", "std", "min", "max", "iqm")
 METRICS = 120  # pictures of metrics
 INCIDENTS = 200  # lines, the newest
-IMPORTANT = ("imagination_comparison", "eval")  # videos that come first, and larger
+IMPORTANT = ("comparison", "eval")  # videos that come first, and larger
 ABOVE = ("episode/", "eval/", "time/")  # metrics that are shown in another way
 PACE = ("collector/", "trainer/")
 NOT_DRAWN = ("trainer/updates", "trainer/eta_seconds")
@@ -28,6 +28,10 @@ CAPTIONS = {
     "train_imagination_imagined": "What the agent imagines when it chooses the actions itself.",
     "train_observation_video": "What the agent saw.",
     "train_reconstruction_video": "The same, reconstructed from the latent state.",
+    "segmentation_comparison": "Real, with its label, and what the model makes of it: foreground, mask and, if the agent "
+    "rebuilds it, background and both together.",
+    "segmentation_contact_sheet": "The first labels: frames and their foreground. Wrong here is wrong everywhere.",
+    "segmentation_overlay": "Labels of replayed frames; all background where there is none yet.",
     "train_original": "Real images.",
     "train_reconstructed": "The same, reconstructed from the latent state.",
 }

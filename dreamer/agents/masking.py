@@ -13,7 +13,16 @@ from torchrl.trainers.trainers import TrainerHookBase
 from dreamer.agents import Agent, EnvSpec, Media
 from dreamer.agents.assembly import observed_shapes
 from dreamer.agents.parts import ActionCodec, ToRecords, make_record
-from dreamer.agents.pictures import COLUMNS, choose_sequences, join_columns, make_media, overlay_mask, to_bytes
+from dreamer.agents.pictures import (
+    COLUMNS,
+    CONTEXT_STEPS,
+    IMAGINED_STEPS,
+    choose_sequences,
+    join_columns,
+    make_media,
+    overlay_mask,
+    to_bytes,
+)
 from objectives import ImaginedActorCriticLoss, SegmentationDreamerModelLoss
 
 GROUND_TRUTH = "ground_truth"
@@ -153,7 +162,7 @@ def make_mask_media(
         Besides, each with a row of time steps per sequence: ``segmentation/overlay``, the labels on the frames (frames
         without a label are all background); ``segmentation/foreground``, ``segmentation/mask``, and if the agent has
         them ``segmentation/background`` and ``segmentation/composite``, which the model makes of the frames. The video
-        ``segmentation/comparison``: real | label | what the model makes, side by side, a row per sequence. The number
+        ``segmentation/comparison``: real | label | what the model makes, side by side, for two sequences. The number
         ``segmentation/model_iou`` compares the model's mask with the simulator's, or with the label if there is none.
     """
     media = make_media(model, actor_critic, batch)
@@ -166,7 +175,10 @@ def make_mask_media(
     shown = {"overlay": overlay_mask(image, label)} | {name: layer.expand_as(image) for name, layer in layers.items()}
     still = torch.linspace(0, image.shape[1] - 1, min(COLUMNS, image.shape[1])).long()
     stills = {f"segmentation/{name}": join_columns(layer[:, still].transpose(0, 1)) for name, layer in shown.items()}
-    comparison = torch.cat([image, *shown.values()], 3).transpose(0, 1).flatten(1, 2)  # [T, B * h, n * w, 3]
+    columns = [
+        layer[:2, : CONTEXT_STEPS + IMAGINED_STEPS] for layer in (image, *shown.values())
+    ]  # as long as the others
+    comparison = torch.cat(columns, 3).transpose(0, 1).flatten(1, 2)  # [T, 2 * h, n * w, 3]
     return media._replace(
         images=media.images | {name: to_bytes(row.flatten(0, 1)) for name, row in stills.items()},
         videos=media.videos | {"segmentation/comparison": to_bytes(comparison)},

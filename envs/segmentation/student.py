@@ -138,7 +138,7 @@ class Student:
         try:
             net.load_state_dict(load(Path(path).read_bytes()))
         except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{path} does not hold the weights of a student: give what `Student.save` wrote") from error
+            raise ValueError(f"{path} holds no weights of a student: give what `Student.save` wrote") from error
         return cls(net.to(device))
 
 

@@ -212,7 +212,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     path = tmp_path / "student.safetensors"
     for content in (b"no weights", safetensors.torch.save({"weight": torch.zeros(3)})):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"student\.safetensors does not hold the weights of a student"):
+        with pytest.raises(ValueError, match=r"student\.safetensors holds no weights of a student"):
             Student.load(path)
 
 
