@@ -28,8 +28,8 @@ CAPTIONS = {
     "train_imagination_imagined": "What the agent imagines when it chooses the actions itself.",
     "train_observation_video": "What the agent saw.",
     "train_reconstruction_video": "The same, reconstructed from the latent state.",
-    "segmentation_comparison": "Real, with its label, and what the model makes of it: foreground, mask and, if the agent "
-    "rebuilds it, background and both together.",
+    "segmentation_comparison": "Real, with its label, and what the model makes of it: foreground, mask and, if the "
+    "agent rebuilds it, background and both together.",
     "segmentation_contact_sheet": "The first labels: frames and their foreground. Wrong here is wrong everywhere.",
     "segmentation_overlay": "Labels of replayed frames; all background where there is none yet.",
     "train_original": "Real images.",

@@ -107,6 +107,7 @@ class SegmentationDreamerModelLoss(WorldModelLoss):
 
     @torch.no_grad()
     def diagnostics(self, terms: Terms, rollout: Any) -> Terms:
+        """Also ``fg_loss``, which is the reconstruction loss by the name that says what it is of, and ``mask_loss``."""
         means = {"fg_loss": terms["model_reco"].mean(), "mask_loss": terms["model_mask"].mean()}
         return super().diagnostics(terms, rollout) | means
 
@@ -116,8 +117,8 @@ class SegmentationDreamerModelLoss(WorldModelLoss):
 
 
 def split_mask(image: Tensor) -> tuple[Tensor, Tensor]:
-    """The colours [..., h, w, 3] and the mask [..., h, w, 1] of a decoded image with four channels."""
-    return image[..., :3], image[..., 3:]
+    """The colours [..., h, w, C] and the mask [..., h, w, 1] of a decoded image, of which it is the last channel."""
+    return image[..., :-1], image[..., -1:]
 
 
 def masked_error(prediction: Tensor, image: Tensor, mask: Tensor, trust: Tensor, *, weighted: bool) -> Tensor:
@@ -140,7 +141,7 @@ def masked_error(prediction: Tensor, image: Tensor, mask: Tensor, trust: Tensor,
 
 def selective_weight(believed: Tensor, mask: Tensor, selective: str) -> Tensor:
     """0 where a label is not trusted and 1 elsewhere; see :class:`SegmentationDreamerModelLoss`. No gradient."""
-    believed, labelled = believed.detach() > 0.5, mask > 0.5
+    believed, labelled = believed > 0.5, mask > 0.5
     if selective == "none":
         distrusted = torch.zeros_like(labelled)
     else:

@@ -20,8 +20,10 @@ class World2FilterModelLoss(SegmentationDreamerModelLoss):
         background = sum_p v_p (1 - m_p) |x_bg_p - x_p|^2      trains the background's own networks and nothing else
 
     Nothing of the background is asked of the task latent, and what is rebuilt of it from that latent shows how much of
-    it is in there all the same. Where m = 1 everywhere, reco is the reconstruction loss of DreamerV3. With
-    ``weighted=False`` both sides are compared everywhere, with targets that are black on the other side.
+    it is in there all the same. Where m = 1 everywhere, reco is the reconstruction loss of DreamerV3 (unless
+    ``selective`` is "any"). With ``weighted=False`` both sides are compared everywhere, with targets that are black on
+    the other side. With hard masks and ``weighted=True``, selective="false_negative" spares the background's networks
+    alone: what a label has missed has no weight in the foreground anyway. "any" also drops what a label has too much.
 
     Args:
         world_model: As in :class:`SegmentationDreamerModelLoss`.

@@ -77,7 +77,7 @@ def assemble(
     slow_critic = actor_critic_loss.slow_critic
     replay_loss = ReplayCriticLoss(critic, slow_critic, weights=replay_weights, horizon=horizon, **critic_targets)
     loss = DreamerV3Loss(model_loss, actor_critic_loss, replay_loss).to(device)
-    norms = dict(zip(GRADIENT_NORMS, (model_loss, actor, critic), strict=True))
+    norms = dict(zip(GRADIENT_NORMS, (world_model, actor, critic), strict=True))
     primers = make_primers(world_model.rssm)
     return Agent(
         policy=RecurrentPolicy(world_model, actor, codec),

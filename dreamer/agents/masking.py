@@ -77,7 +77,8 @@ def with_masks(
     Raises:
         ValueError: for labels from a thread beside a CUDA graph.
     """
-    if settings["asynchronous"] and optimization["cudagraph"]:
+    labelled_later = mask_source != GROUND_TRUTH
+    if labelled_later and settings["asynchronous"] and optimization["cudagraph"]:
         raise ValueError(
             "agent.segmentation.asynchronous=true: give optimization.cudagraph=false as well, because a graph cannot "
             "be captured while another thread uses the GPU"
@@ -89,9 +90,7 @@ def with_masks(
         to_records=LabelledRecords(ToRecords(keys, codec), mask_source),
         record=add_labels(make_record(env_spec, keys, codec, agent.primers), mask_source),
         make_media=partial(make_mask_media, agent.loss.model, agent.loss.actor_critic),
-        make_hooks=None
-        if mask_source == GROUND_TRUTH
-        else partial(make_hooks, mask_source, env_spec, device, settings),
+        make_hooks=partial(make_hooks, mask_source, env_spec, device, settings) if labelled_later else None,
     )
 
 
@@ -141,14 +140,16 @@ def add_labels(records: TensorDictBase, mask_source: str) -> TensorDictBase:
     The simulator's masks are valid at once. Others are empty and wait to be labelled; the simulator's is then kept as
     ``true_mask``, to measure them with.
     """
-    valid = torch.zeros_like(records["is_init"])
-    if mask_source == GROUND_TRUTH:
-        valid = ~valid
-    else:
-        if "mask" in records:
-            records.rename_key_("mask", "true_mask")
-        records["mask"] = torch.zeros_like(records["pixels"][..., :1])
+    valid = torch.full_like(records["is_init"], mask_source == GROUND_TRUTH)
+    truth = records.pop("mask", None)
+    # A reader beside the labeller copies in this order, and a label's flag is written last: no flag without its mask.
     records["mask_valid"], records["mask_version"] = valid, valid.long()
+    if mask_source == GROUND_TRUTH:
+        records["mask"] = truth
+        return records
+    records["mask"] = torch.zeros_like(records["pixels"][..., :1])
+    if truth is not None:
+        records["true_mask"] = truth
     return records
 
 
@@ -166,7 +167,7 @@ def make_mask_media(
         ``segmentation/model_iou`` compares the model's mask with the simulator's, or with the label if there is none.
     """
     media = make_media(model, actor_critic, batch)
-    batch = batch[choose_sequences(batch["is_init"])]
+    batch = batch[choose_sequences(batch["is_init"][:, : CONTEXT_STEPS + IMAGINED_STEPS])]
     rollout = model.observe(batch)
     image, label, labelled = model.read_labels(batch)
     layers = model.take_apart(rollout, batch)

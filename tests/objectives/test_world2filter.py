@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 from torchrl.data import Binary
 
+from dreamer.agents.masking import mean_iou
 from objectives.segmentation_dreamer import masked_error, selective_weight
 from tests.helpers import IMAGE, gradient_size, make_batch, make_env_spec, make_small_agent
 
@@ -68,10 +69,6 @@ class TestSelective:
         error = masked_error(prediction, image, self.LABEL, trust, weighted=True)
         torch.testing.assert_close(error, torch.tensor([[expected]]))
 
-    def test_has_no_gradient(self):
-        belief = self.BELIEF.clone().requires_grad_()
-        assert not selective_weight(belief, self.LABEL, "any").requires_grad
-
     def test_unknown(self):
         with pytest.raises(ValueError, match="selective='sometimes': choose one of"):
             make_agent("agent=world2filter", "agent.selective=sometimes")
@@ -87,7 +84,6 @@ class TestSelective:
         batch["mask"].fill_(False)
         fill_decoder(agent.loss.model.world_model.decoders["pixels"], 0.75)
         batch["observation"].zero_()
-        found = terms(agent, batch)
         vectors = agent.loss.model.world_model.decoders["observation"]
         with torch.no_grad():
             vectors.out.weight.zero_(), vectors.out.bias.zero_()
@@ -268,6 +264,22 @@ class TestBackground:
             errors.append(error.item())
         assert errors[-1] < errors[0] / 2
 
+    def test_latent_forgets_at_a_reset(self):
+        """What was done before the start of an episode makes no difference after it."""
+        agent = make_agent(*WORLD2FILTER["latent"])
+        batch, model = labelled_batch(agent), agent.loss.model
+        batch["is_init"][:, 2] = True
+        rollout = model.observe(batch)
+
+        def beliefs() -> torch.Tensor:
+            torch.manual_seed(0)
+            return model.rebuild_background(rollout, batch)[1].belief.detach()
+
+        before = beliefs()
+        batch["action"][:, 1] += 1.0
+        assert torch.equal(beliefs()[:, 2:], before[:, 2:])
+        assert not torch.equal(beliefs()[:, 1], before[:, 1])
+
     def test_latent_sees_actions(self):
         agent = make_agent(*WORLD2FILTER["latent"])
         batch = labelled_batch(agent)
@@ -302,9 +314,9 @@ class TestBackground:
             make_small_agent(f"agent={agent}", env_spec=make_env_spec(pixels=False))
 
 
-@pytest.mark.parametrize("agent", AGENTS)
-def test_bfloat16(agent):
-    agent = make_agent(f"agent={agent}")
+@pytest.mark.parametrize("overrides", [*WORLD2FILTER.values(), ("agent=segmentation_dreamer",)])
+def test_bfloat16(overrides):
+    agent = make_agent(*overrides)
     batch = labelled_batch(agent)
     with torch.autocast("cpu", torch.bfloat16):
         losses = agent.loss(batch)
@@ -322,3 +334,37 @@ def test_own_latent_pays_its_kl():
     posterior, prior = own.posterior_logits.flatten(0, 2), own.prior_logits.flatten(0, 2)  # [N * S, K]
     expected = F.kl_div(prior, posterior, reduction="none", log_target=True).sum(-1).view(2, 4, -1).sum(-1)
     torch.testing.assert_close(terms(agent, batch)["model_background_kl"], expected)
+
+
+class TestTakeApart:
+    """Decoders that say 0.5 everywhere, also of the mask: what is shown of them, pixel by pixel."""
+
+    @pytest.fixture
+    def model(self):
+        model = make_agent("agent=world2filter").loss.model
+        fill_decoder(model.world_model.decoders["pixels"], 0.5)
+        fill_decoder(model.background.decoder, 0.25)
+        return model
+
+    def test_layers(self, model):
+        batch = labelled_batch(make_agent("agent=world2filter"))
+        layers = model.take_apart(model.observe(batch), batch)
+        expected = {"foreground": 0.25, "mask": 0.5, "background": 0.25, "composite": 0.25 + 0.5 * 0.25}
+        assert {name: round(layer.mean().item(), 5) for name, layer in layers.items()} == expected
+        assert {name: layer.shape[-1] for name, layer in layers.items()} == dict.fromkeys(expected, 3) | {"mask": 1}
+
+    def test_what_is_seen_of_a_model_state(self, model):
+        """Weighted losses leave the image outside the mask to chance: it is blanked. Others teach it to be black."""
+        rssm = model.world_model.rssm
+        feature = torch.zeros(2, rssm.belief_size + rssm.state_size)
+        torch.testing.assert_close(model.decode_pixels(feature), torch.full((2, *IMAGE), 0.25))
+        model.weighted = False
+        torch.testing.assert_close(model.decode_pixels(feature), torch.full((2, *IMAGE), 0.5))
+
+
+def test_mean_iou():
+    """Of [1 1 0 0] and [1 0 0 0]: 1/2. Of two empty masks: 1. A frame that is not known does not count."""
+    masks = torch.tensor([[[1.0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]]).view(1, 3, 2, 2, 1)
+    truth = torch.tensor([[[1.0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]]).view(1, 3, 2, 2, 1)
+    known = torch.tensor([1.0, 1.0, 0.0]).view(1, 3, 1, 1, 1)
+    assert mean_iou(masks, truth, known).item() == 0.75
