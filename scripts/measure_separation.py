@@ -3,25 +3,29 @@
     python scripts/measure_separation.py --seeds 0 1 --out runs/separation
     python scripts/measure_separation.py --agents dreamer_v3 "world2filter agent.weighted=false" --frames 4_000
 
-Every agent is trained by `dreamer/train.py` on a task behind a ColorGrid. Held-out sequences then show the same physics
-twice, to the bit: once with the colours of training, once with a table of colours that nobody has seen. On these:
+Every agent is trained by `dreamer/train.py` on a task behind a ColorGrid: as many frames and updates for each, on what
+its own policy sees. Held-out sequences of random actions then show the same physics twice, to the bit: once with the
+colours of training, once with a table of colours that nobody has seen. On these:
 
 fg_mse, fg_mse_swap   squared error of the reconstruction on the simulator's foreground, per value in [0, 1]
 bg_mse                the same on the background, by whatever rebuilds it; none if nothing does
 mask_iou              IoU of the mask that the model believes in with the simulator's
 swap_nats             KL between the posteriors before and after the swap
-moved                 swap_nats as a share of the KL between posteriors of unrelated states: 0 filters, 1 does not
+moved                 swap_nats over the KL between posteriors of unrelated states: 0 filters all, about 1 nothing
 belief_moved          the same for the distance between recurrent states
-r2, r2_swap           what a linear map of the latent, fitted before the swap, explains of positions and velocities
+r2, r2_swap           what a linear map of the latent, fitted before the swap, explains of positions and velocities,
+                      on sequences that it was not fitted on
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from bench_common import describe_load, print_table, write_json
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -31,11 +35,13 @@ from dreamer.checkpoints import load_weights
 from dreamer.models.rssm import Rollout
 from dreamer.policy import load_agent, read_description
 from envs import make_env
+from envs.segmentation.metrics import jaccard
 from objectives.functional import categorical_kl
-from scripts.bench_common import describe_load, print_table, write_json
 
 ROOT = Path(__file__).parents[1]
 HELD_OUT_SEED, OTHER_TABLE = 1_000, 99
+RIDGES = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
+WARM_UP = 5  # steps of a sequence after which its velocities can be known
 COLUMNS = {
     "agent": "<",
     "seed": ">d",
@@ -71,13 +77,13 @@ class Env(NamedTuple):
 
 
 def train(agent: str, seed: int, env: Env, args: argparse.Namespace) -> Path:
-    """Train one agent, if its folder has no checkpoint yet."""
-    run_dir = args.out / f"{agent.replace(' ', '_').replace('/', '_')}_{seed}"
-    if list(run_dir.glob("checkpoints/frames_*")):
-        return run_dir
-    command = [
-        sys.executable,
-        str(ROOT / "dreamer/train.py"),
+    """Train one agent, unless its folder holds just that run.
+
+    Raises:
+        ValueError: the folder holds another run.
+    """
+    run_dir = args.out / "".join(c if c.isalnum() else "_" for c in f"{agent}_{seed}")
+    overrides = [
         *(f"agent={word}" if index == 0 else word for index, word in enumerate(agent.split())),
         *env.overrides(),
         f"agent/size={args.size}",
@@ -98,22 +104,27 @@ def train(agent: str, seed: int, env: Env, args: argparse.Namespace) -> Path:
         f"seed={seed}",
         f"run_dir={run_dir}",
     ]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    if not run_dir.exists():
+        command = [sys.executable, str(ROOT / "dreamer/train.py"), *overrides]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    start = json.loads((run_dir / "run.json").read_text())["starts"][-1]
+    checkpoint, _ = find_checkpoint(run_dir / "checkpoints")
+    if start["overrides"] != overrides or int(checkpoint.name.removeprefix("frames_")) < args.frames:
+        raise ValueError(f"{run_dir} holds a run of other settings, or one that did not finish: give another --out")
     return run_dir
 
 
-def collect(env: Env, distraction: dict[str, Any], args: argparse.Namespace) -> TensorDict:
-    """Held-out sequences [N, T] of random actions, as records of a replay; `mask` and `observation` are included."""
-    made = make_env(
-        name=env.name,
-        task=env.task,
-        image_size=env.image_size,
-        pixels_only=False,
-        emit_mask=True,
-        render={"backend": "mjwarp"},
-        distraction=distraction,
-        seed=HELD_OUT_SEED,
-    )
+def collect(settings: dict[str, Any], table_seed: int, args: argparse.Namespace) -> TensorDict:
+    """Held-out sequences [N, T] of random actions, as records of a replay, with `mask` and `observation`.
+
+    Args:
+        settings: Of the environment, as in training.
+        table_seed: Of the colours.
+        args: How many sequences, and how long.
+    """
+    distraction = settings["distraction"] | {"table_seed": table_seed}
+    shown = {"pixels_only": False, "emit_mask": True, "distraction": distraction, "seed": HELD_OUT_SEED}
+    made = make_env(**settings | shown)
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
     keys, sequences = ("pixels", "mask", "observation"), []
     for _ in range(args.sequences):
@@ -151,20 +162,28 @@ def reconstruct(agent: Agent, rollout: Rollout, data: TensorDict) -> dict[str, T
     return {"foreground": decoded[..., :3], "background": background, "mask": decoded[..., 3:]}
 
 
-def explained(feature: Tensor, target: Tensor, probe: Tensor) -> float:
-    """R2 of a linear map, mean over the columns of the target [N, O]."""
-    residual = (target - with_one(feature) @ probe).square().sum(0)
-    return float((1 - residual / (target - target.mean(0)).square().sum(0)).mean())
+class Probe:
+    """A linear map from a latent to what is known, by ridge regression on standardised inputs.
 
+    Args:
+        feature: [N, T, F], sequences to fit on; the last third of them decides how strong the ridge is.
+        target: [N, T, O].
+    """
 
-def fit_probe(feature: Tensor, target: Tensor) -> Tensor:
-    """Ridge regression: [N, F], [N, O] -> [F + 1, O]."""
-    inputs = with_one(feature)
-    return torch.linalg.solve(inputs.T @ inputs + 1.0 * torch.eye(inputs.shape[1]), inputs.T @ target)
+    def __init__(self, feature: Tensor, target: Tensor):
+        split = len(feature) * 2 // 3
+        inputs, outputs = feature[:split].flatten(0, 1), target[:split].flatten(0, 1)
+        self.centre, self.scale, self.mean = inputs.mean(0), inputs.std(0) + 1e-6, outputs.mean(0)
+        inputs, outputs = (inputs - self.centre) / self.scale, outputs - self.mean
+        gram, moments = inputs.T @ inputs, inputs.T @ outputs
+        maps = [torch.linalg.solve(gram + ridge * torch.eye(len(gram)), moments) for ridge in RIDGES]
+        self.map = max(maps, key=lambda weights: self.explains(feature[split:], target[split:], weights))
 
-
-def with_one(feature: Tensor) -> Tensor:
-    return torch.cat([feature, torch.ones(len(feature), 1)], 1)
+    def explains(self, feature: Tensor, target: Tensor, weights: Tensor | None = None) -> float:
+        """R2, mean over the O columns of the target."""
+        inputs, target = (feature.flatten(0, 1) - self.centre) / self.scale, target.flatten(0, 1)
+        residual = target - self.mean - inputs @ (self.map if weights is None else weights)
+        return float((1 - residual.square().sum(0) / (target - target.mean(0)).square().sum(0)).mean())
 
 
 def measure(agent: Agent, data: TensorDict, swapped: TensorDict) -> dict[str, float | None]:
@@ -180,18 +199,15 @@ def measure(agent: Agent, data: TensorDict, swapped: TensorDict) -> dict[str, fl
 
     iou = None
     if made["mask"] is not None:
-        believed = made["mask"] > 0.5
-        both, either = ((a.flatten(2).sum(-1)) for a in (believed & mask, believed | mask))
-        iou = float((both / either.clamp(min=1)).mean())
+        iou = float(jaccard((made["mask"] > 0.5).flatten(0, 1), mask.flatten(0, 1)).mean())
     nats = categorical_kl(rollout.posterior_logits, other.posterior_logits).mean()
     unrelated = categorical_kl(rollout.posterior_logits, rollout.posterior_logits.roll(1, 0)).mean()
     distance = (rollout.belief - other.belief).norm(dim=-1).mean()
     far = (rollout.belief - rollout.belief.roll(1, 0)).norm(dim=-1).mean()
-    half, steps = len(data) // 2, slice(5, None)  # the first steps know nothing of velocities
-    feature, feature_other = (r.feature[:, steps].float() for r in (rollout, other))
-    target = data["observation"][:, steps]
-    probe = fit_probe(feature[:half].flatten(0, 1), target[:half].flatten(0, 1))
-    held = target[half:].flatten(0, 1)
+    fit, held = slice(None, len(data) * 2 // 3), slice(len(data) * 2 // 3, None)
+    feature, feature_other = (r.feature[:, WARM_UP:].float() for r in (rollout, other))
+    target = data["observation"][:, WARM_UP:]
+    probe = Probe(feature[fit], target[fit])
     return {
         "fg_mse": mse(made["foreground"], data["pixels"], mask),
         "fg_mse_swap": mse(made_other["foreground"], swapped["pixels"], mask),
@@ -200,8 +216,8 @@ def measure(agent: Agent, data: TensorDict, swapped: TensorDict) -> dict[str, fl
         "swap_nats": float(nats),
         "moved": float(nats / unrelated),
         "belief_moved": float(distance / far),
-        "r2": explained(feature[half:].flatten(0, 1), held, probe),
-        "r2_swap": explained(feature_other[half:].flatten(0, 1), held, probe),
+        "r2": probe.explains(feature[held], target[held]),
+        "r2_swap": probe.explains(feature_other[held], target[held]),
     }
 
 
@@ -219,7 +235,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=10_000, help="training frames")
     parser.add_argument("--train-ratio", type=float, default=30.0, help="replayed steps per collected step")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--sequences", type=int, default=64, help="held-out sequences, one episode each")
+    parser.add_argument("--sequences", type=int, default=192, help="held-out sequences, one episode each")
     parser.add_argument("--length", type=int, default=32, help="steps of each")
     parser.add_argument("--out", type=Path, default=Path("runs/separation"), help="folder of the runs and the table")
     args = parser.parse_args()
@@ -230,8 +246,8 @@ def main() -> None:
             run_dir = train(agent_name, seed, env, args)
             description = read_description(run_dir)
             if data is None:
-                distraction = description["env"]["distraction"]
-                data, swapped = (collect(env, distraction | {"table_seed": t}, args) for t in (0, OTHER_TABLE))
+                tables = (description["env"]["distraction"]["table_seed"], OTHER_TABLE)
+                data, swapped = (collect(description["env"], table, args) for table in tables)
                 if not torch.equal(data["observation"], swapped["observation"]):
                     raise RuntimeError("the physics differs between the two backgrounds: nothing can be compared")
             agent = load_agent(description)

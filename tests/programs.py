@@ -7,6 +7,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
+from hydra.core.global_hydra import GlobalHydra
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -21,6 +23,7 @@ def run_program(script: str, *arguments: str) -> str:
         SystemExit: if it ends with another exit status than 0.
     """
     path, printed = str(ROOT / script), io.StringIO()
+    GlobalHydra.instance().clear()  # of a program that ran before
     with patch.object(sys, "argv", [path, *arguments]), redirect_stdout(printed):
         try:
             runpy.run_path(path, run_name="__main__")
