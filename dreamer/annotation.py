@@ -13,6 +13,7 @@ from dreamer.agents.pictures import overlay_mask, to_bytes
 from dreamer.evaluation import preserve_rng
 from dreamer.labellers import Labeller, Labels
 from envs.segmentation.metrics import jaccard, recall
+from envs.segmentation.protocol import HALF
 
 if TYPE_CHECKING:
     from dreamer.trainer import Trainer
@@ -68,8 +69,7 @@ class AnnotateReplay(TrainerHookBase):
         self.trainer, self.replay = trainer, trainer.replay_buffer
         trainer.register_op("post_optim_log", self)
         trainer.register_module(name, self)
-        if self.executor is not None:
-            trainer.register_op("shutdown", self.close)
+        trainer.register_op("shutdown", self.finish)
 
     def __call__(self, batch: TensorDictBase) -> dict[str, Tensor | float]:
         """Label what is due.
@@ -90,10 +90,12 @@ class AnnotateReplay(TrainerHookBase):
                 self.job = self.executor.submit(self._label, *frames)
         return {f"segmentation/{key}": value for key, value in metrics.items()}
 
-    def close(self) -> None:
-        """Wait for the batch under way, put it into the replay, and end the thread."""
-        self.executor.shutdown()
-        self._collect()
+    def finish(self) -> None:
+        """End the thread with the batch under way, and keep what the labeller learned in the run folder."""
+        if self.executor is not None:
+            self.executor.shutdown()
+            self._collect()
+        self.labeller.export(self.trainer.run_dir)
 
     def state_dict(self) -> dict[str, Any]:
         """What the labeller learned, and the first look; the batch under way is labelled again after a resume."""
@@ -140,7 +142,7 @@ class AnnotateReplay(TrainerHookBase):
         valid = torch.ones(len(mask), 1, dtype=torch.bool)
         values = TensorDict({"mask": mask, "mask_valid": valid, "mask_version": version[:, None]}, [len(mask)])
         metrics["late"] = float(len(mask) - self.replay.write(frames["stream"], frames["position"], values))
-        shown = mask > 127
+        shown = mask >= HALF
         present = shown.float().mean((1, 2, 3)) >= SMALLEST_SHARE  # [n]
         metrics["presence"] = present.float().mean()
         if "true_mask" in frames:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +62,9 @@ class Labeller:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what another one learned."""
+
+    def export(self, folder: Path) -> None:
+        """Write what it learned into files that serve elsewhere."""
 
 
 class Direct(Labeller):
@@ -173,7 +177,7 @@ class Distilled(Labeller):
         self._teach(frames["pixels"][asked], taught.mask)
         student, pixels = self.distillation.student, frames["pixels"]
         if self.distillation.promoted:
-            mask, version = student(pixels).clone(), student.version  # to be written into
+            mask, version = student(pixels), student.version
         else:
             mask, version = torch.zeros_like(pixels[..., :1]), 0
         promoted = torch.full((len(frames),), self.distillation.promoted, device=mask.device)
@@ -200,6 +204,11 @@ class Distilled(Labeller):
         self.distillation.load_state_dict(state_dict["distillation"])
         self.calls = state_dict["calls"]
 
+    def export(self, folder: Path) -> None:
+        """Write the student, if it is good enough, as ``student.safetensors``."""
+        if self.distillation.promoted:
+            self.distillation.student.save(folder / "student.safetensors")
+
     def _teach(self, pixels: Tensor, masks: Tensor) -> None:
         self.distillation.add(pixels, masks)
         self.facts |= self.distillation.learn(self.student_steps)
@@ -214,7 +223,7 @@ def make_labeller(
     *,
     prompt: str,
     model: str,
-    image_size: int,
+    image_size: int | None,
     threshold: float,
     mode: str,
     dtype: str | None,
@@ -261,7 +270,7 @@ def make_labeller(
 
         distillation = Distillation(Student(StudentNet(seed).to(device)), bar=bar, seed=seed)
         if labels is not None:
-            distillation.add(*load_labels(labels))
+            distillation.add(*load_labels(labels, distillation.capacity))
         chosen = look_up("agent.segmentation.teacher", teacher, teachers)()
         return Distilled(chosen, distillation, teacher_frames=teacher_frames, student_steps=student_steps)
 

@@ -73,6 +73,8 @@ def make_labellers(
     promoted.distillation.largest_empty_rate = 1.0
     promoted.distillation.add(frames["pixels"], GroundTruth()(frames["true_mask"]))
     promoted.distillation.examine()
+    if not promoted.distillation.promoted:
+        raise SystemExit(f"--frames {len(frames)}: too few to examine a student with, give 64 or more")
     labellers["student, promoted"] = promoted
     if args.sam3:
         labellers["sam3"] = make_labeller("sam3", **settings | {"model": args.sam3})
@@ -140,7 +142,7 @@ class Training:
     def close(self) -> None:
         """End the thread, if there is one."""
         if self.hook is not None and self.hook.executor is not None:
-            self.hook.close()
+            self.hook.executor.shutdown()
 
     def _make_replay(self, args: argparse.Namespace, frames: TensorDictBase) -> SequenceReplay:
         """A replay with the frames, again and again, until there is enough to label for all updates."""

@@ -39,15 +39,15 @@ from envs import make_env
 from envs.segmentation.colour import ColourModel
 from envs.segmentation.ground_truth import GroundTruth
 from envs.segmentation.metrics import Quality, false_positive_rate, measure
-from envs.segmentation.protocol import Segmenter, join_concepts, split_prompt
+from envs.segmentation.protocol import HALF, Segmenter, join_concepts, split_prompt
 from envs.segmentation.sam3 import Sam3
 from envs.segmentation.student import Distillation, Student
 
 TASKS = ("walker_walk", "cheetah_run", "cartpole_swingup", "reacher_easy", "finger_spin")
 SCENES = {"clean": None, "video": {"name": "natural_video"}, "grid": {"name": "color_grid", "level": "max"}}
 RENDERERS = {"mujoco": {}, "fast": {"fast": True}, "mjwarp": {"backend": "mjwarp"}}
+FEWEST_KEPT = 40  # labels of which enough are held out
 HELD_OUT_SEED = 1000  # far from the seeds of the episodes to learn from
-HALF = 128
 COLUMNS = {"J": ".3f", "F": ".3f", "recall": ".3f", "false positives": ".2f", "empty": ".2f", "flicker": ".2f"}
 COLUMNS |= {"frames/CPU-s": ",.0f"}
 
@@ -107,7 +107,7 @@ def paint_over(frames: Tensor, masks: Tensor) -> Tensor:
 def teach(films: Films, args: argparse.Namespace) -> Student:
     """A student of the simulator."""
     frames, masks = films.labels
-    lessons = Distillation(Student(), capacity=len(frames))
+    lessons = Distillation(Student(), capacity=max(len(frames), FEWEST_KEPT))
     lessons.add(frames, GroundTruth()(masks))
     lessons.learn(args.student_steps)
     return lessons.student
@@ -152,7 +152,8 @@ def bench(task: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The rows of a task."""
     clean = film(task, "clean", 0, args.episodes, args)
     student = teach(clean, args)
-    sam3 = Sam3(split_prompt(clean.prompt), args.sam3, device=args.device) if args.sam3 else None
+    options = {"image_size": args.sam3_image_size, "device": args.device}
+    sam3 = Sam3(split_prompt(clean.prompt), args.sam3, **options) if args.sam3 else None
     for scene in args.scenes:
         to_learn = clean if scene == "clean" else film(task, scene, 0, args.episodes, args)
         held_out = film(task, scene, HELD_OUT_SEED, args.episodes, args)
@@ -188,6 +189,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--student-steps", type=int, default=300, help="batches that the student learns from")
     parser.add_argument("--rounds", type=int, default=5, help="calls to take the time of")
     parser.add_argument("--sam3", help="hub id or folder of the weights; default: without SAM 3")
+    parser.add_argument(
+        "--sam3-image-size", type=int, help="to which SAM 3 scales frames; default: that of the weights, at most 672"
+    )
     parser.add_argument("--device", default="cpu", help="of SAM 3")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     return parser.parse_args()

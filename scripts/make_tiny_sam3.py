@@ -5,11 +5,12 @@
     python scripts/make_tiny_sam3.py --out tiny --task cheetah_run --steps 600         # the prompt of the task
 
 A stand-in to try the whole pipeline without the gated weights: the architecture, the files and the code that loads them
-are the real ones, the weights are not. It is 4000 times smaller, was trained on a few hundred frames of one task with
-the masks of the simulator, and knows no other words or pictures. How good its masks are says nothing about SAM 3, in
-either direction.
+are the real ones, the weights are not: they are 4000 times fewer, and random, or trained for minutes on coloured shapes
+or on some hundred frames of one task with the masks of the simulator. It knows no other words or pictures. How good its
+masks are says nothing about SAM 3, in either direction.
 
-The simulator does not tell the concepts of a task apart: each concept of a prompt is taught the whole foreground.
+The simulator does not tell the concepts of a task apart: with `--task` each concept of its prompt is taught the whole
+foreground.
 """
 
 import argparse
@@ -21,15 +22,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchrl.envs import TransformedEnv
 from tqdm import trange
 
-from envs.backends.dmc import DMCEnv
+from envs import make_env
 from envs.segmentation.protocol import split_prompt
 from envs.segmentation.sam3_images import compute_pixel_values
 from envs.segmentation.sam3_weights import import_transformers
 from envs.suite import TASKS, select_tasks
-from envs.transforms import Render
 
 LAYOUTS = ("image", "video", "lite")
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 80, 230), "yellow": (230, 220, 50)}
@@ -197,9 +196,8 @@ def collect_frames(task: str, count: int, image_size: int, seed: int) -> tuple[T
         uint8 `[count, h, w, 3]` and bool `[count, h, w]`.
     """
     row = select_tasks([task])[0]
-    base = DMCEnv(name=row.domain, task=row.task, frame_skip=row.frame_skip, seed=seed)
-    env = TransformedEnv(base, Render(image_size, mask=True))
-    env.set_seed(seed)
+    options = {"frame_skip": row.frame_skip, "image_size": image_size, "seed": seed}
+    env = make_env(name=row.domain, task=row.task, emit_mask=True, **options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         found = [env.rollout(32) for _ in range(-(-count // 32))]
@@ -318,27 +316,34 @@ def main() -> None:
     learn = parser.add_mutually_exclusive_group()
     learn.add_argument("--shapes", action="store_true", help="learn to find coloured shapes")
     learn.add_argument("--task", choices=[name for name, row in TASKS.items() if not row.missing], metavar="TASK")
-    parser.add_argument("--steps", type=int, default=250, help="of training")
+    parser.add_argument("--steps", type=int, help="of training, 250 by default")
     parser.add_argument("--frames", type=int, default=256, help="of the task, to learn from")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.steps is not None and not (args.shapes or args.task):
+        parser.error(f"--steps {args.steps}: nothing to learn; give --shapes or --task as well")
+    if args.frames < 1:
+        parser.error(f"--frames {args.frames}: at least 1")
+    steps = 250 if args.steps is None else args.steps
     lite = args.layout == "lite"
     if args.shapes:
         prompts, model = tuple(COLOURS), make_model(make_config(32, 4, 32, 2, lite=lite), args.seed)
-        train_model(model, prompts, draw_shapes, steps=args.steps, seed=args.seed)
+        train_model(model, prompts, draw_shapes, steps=steps, seed=args.seed)
     elif args.task:
-        prompts, model = (
-            split_prompt(TASKS[args.task].prompt),
-            make_model(make_config(64, 8, 32, 2, lite=lite), args.seed),
-        )
+        prompts = split_prompt(TASKS[args.task].prompt)
+        model = make_model(make_config(64, 8, 32, 2, lite=lite), args.seed)
         sample = make_task_sampler(*collect_frames(args.task, args.frames, 64, args.seed), len(prompts))
-        train_model(model, prompts, sample, steps=args.steps, seed=args.seed)
+        train_model(model, prompts, sample, steps=steps, seed=args.seed)
     else:
         model = make_model(make_config(lite=lite), args.seed)
     save_model(model, args.out, args.layout)
     print(
         f"{args.out}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters, input "
-        f"{model.config.image_size} pixels; use it with model={args.out} image_size=null"
+        f"{model.config.image_size} pixels; use it with\n"
+        f"  dreamer/train.py: agent.mask_source=sam3 agent.segmentation.model={args.out} "
+        "agent.segmentation.image_size=null\n"
+        f"  scripts/preprocess_masks.py: --model {args.out}\n"
+        f"  Python: Sam3('robot', '{args.out}')"
     )
 
 

@@ -10,14 +10,13 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from envs.segmentation.metrics import jaccard
-from envs.segmentation.protocol import check_frames, fingerprint
+from envs.segmentation.protocol import HALF, check_frames, fingerprint
 
 BINS = 64  # per channel
 WIDTHS = (6.0, 4.0, 3.0, 2.0)  # of 256 levels: smoothing to choose from, the widest that is as good as any
 UNKNOWN = 0.1  # share of the labelled pixels that stand for backgrounds of any colour, never seen
 LARGEST = 5.0  # log odds: no pixel is so sure that its neighbours count for nothing
 FOLDS = 5  # at most, to choose the smoothing
-HALF = 128  # least value of a soft label that counts as foreground
 
 
 class ColourModel:
@@ -35,7 +34,7 @@ class ColourModel:
     concepts = ("foreground",)
 
     def __init__(self) -> None:
-        self._log_odds: Tensor | None = None  # [BINS^3]
+        self._log_odds: Tensor | None = None  # float16 [BINS^3], half a megabyte: it travels with pickles
         self._version = fingerprint("colour")
 
     @property
@@ -114,8 +113,8 @@ class ColourModel:
             self._log_odds, self._version = None, fingerprint("colour")
 
     def _set(self, log_odds: Tensor) -> None:
-        digest = hashlib.sha256(log_odds.cpu().numpy().tobytes()).hexdigest()
-        self._log_odds, self._version = log_odds, fingerprint("colour", digest)
+        self._log_odds = log_odds.half()
+        self._version = fingerprint("colour", hashlib.sha256(self._log_odds.cpu().numpy().tobytes()).hexdigest())
 
 
 def _bins(frames: Tensor) -> Tensor:
@@ -149,6 +148,6 @@ def _compare(counts: Tensor) -> Tensor:
 
 def _mark(log_odds: Tensor, frames: Tensor) -> Tensor:
     """Log odds of the foreground by pixel, `[N, h, w]`."""
-    own = log_odds[_bins(frames)]  # [N, h, w]
+    own = log_odds[_bins(frames)].float()  # [N, h, w]
     around = avg_pool2d(own[:, None], 3, stride=1, padding=1, count_include_pad=False)[:, 0]
     return (own + around) / 2

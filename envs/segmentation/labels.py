@@ -15,6 +15,8 @@ from envs.choices import check_positive
 
 FRAME_KEYS = ("pixels", "image", "observation")
 VIDEO_SUFFIXES = (".avi", ".mkv", ".mov", ".mp4", ".webm")
+# What numpy raises for damaged files; RuntimeError for encrypted ones and ways of packing that Python does not know.
+READ_ERRORS = (OSError, ValueError, EOFError, AttributeError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def read_arrays(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
@@ -26,7 +28,7 @@ def read_arrays(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {key: archive[key] for key in keys if key in archive}
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except READ_ERRORS as error:
         raise ValueError(f"{path}: not a .npz file of plain arrays that can be read ({error!s:.100})") from error
 
 
@@ -123,13 +125,13 @@ def _labelled(file: Path) -> np.ndarray:
 
 def _load_pairs(file: Path, indices: np.ndarray) -> tuple[Tensor, Tensor]:
     """Frames and masks of some frames of a file."""
-    found = read_arrays(file, ("mask", "episode"))
+    found = read_arrays(file, ("mask", "mask_version", "episode"))
     mask = found["mask"] if found["mask"].ndim == 4 else found["mask"][..., None]  # [T, h, w, 1]
     frames = read_frames(file.parent / str(found["episode"]) if "episode" in found else file)
     if mask.dtype not in (np.uint8, np.bool_) or mask.shape != (*frames.shape[:3], 1):
         wanted = [*frames.shape[:3], 1]
         raise ValueError(f"{file}: mask {mask.dtype} {list(mask.shape)}: its frames need bool or uint8 {wanted}")
-    if mask.dtype == np.uint8 and mask.max() == 1:
+    if mask.dtype == np.uint8 and mask.max() == 1 and "mask_version" not in found:  # a segmenter may be that unsure
         raise ValueError(f"{file}: mask is 1 at most: give bool, or uint8 from 0 to 255")
     mask = mask[indices] * np.uint8(255 if mask.dtype == np.bool_ else 1)
     return frames[torch.from_numpy(indices)], torch.from_numpy(mask)

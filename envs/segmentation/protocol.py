@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 SEPARATOR = " . "
+HALF = 128  # least value of a soft mask that counts as foreground
 
 
 @runtime_checkable

@@ -37,8 +37,8 @@ class Sam3:
         concepts: one phrase or several, each of at most 32 tokens ("robot arm").
         model: id on the Hugging Face hub, or folder of a checkpoint.
         image_size: height and width in pixels to which frames are scaled, a multiple of the model's patch, 14; None for
-            its own size, 1008. The attention of the full model works in windows of 24 patches, so that 336, 672 and
-            1008 waste nothing. Smaller is faster, and less exact.
+            the checkpoint's own size, but at most 672: the full model's own, 1008, is slower. Its attention works in
+            windows of 24 patches, so that 336, 672 and 1008 waste nothing. Smaller is faster, and less exact.
         mode: "instance" for the union of the objects found, "semantic" for the dense head.
         threshold: least score of an object, or for "semantic" of the presence of the concept, in [0, 1).
         dtype: of the weights: "bfloat16", "float16" or "float32"; None for bfloat16 on a GPU and float32 on a CPU.
@@ -46,7 +46,7 @@ class Sam3:
         max_batch: frames per pass of the model, at least 1.
 
     Raises:
-        ValueError: an argument is out of its range, or the model is of another kind.
+        ValueError: an argument is out of its range, the model is of another kind, or a file of it is damaged.
         OSError: the model cannot be found or may not be downloaded; the message says how to get it, and what to use
             instead.
         ImportError: transformers is missing or too old, or torchvision is broken.
@@ -59,7 +59,7 @@ class Sam3:
         concepts: str | Sequence[str],
         model: str = "facebook/sam3",
         *,
-        image_size: int | None = 672,
+        image_size: int | None = None,
         mode: str = "instance",
         threshold: float = 0.5,
         dtype: torch.dtype | str | None = None,
@@ -73,14 +73,15 @@ class Sam3:
         check_positive("max_batch", max_batch)
         if not 0 <= threshold < 1:
             raise ValueError(f"threshold={threshold}: give a score in [0, 1)")
-        self.model, self.mode, self.threshold, self.max_batch = model, mode, threshold, max_batch
+        self.model, self.mode, self.threshold, self.max_batch = model, mode, float(threshold), max_batch
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         name = str(dtype or ("bfloat16" if self.device.type == "cuda" else "float32")).removeprefix("torch.")
         check_choice("dtype", name, DTYPES)
         self.dtype: torch.dtype = getattr(torch, name)
         self.folder = find_model(model)
         self.image_size: int = read_config(self.folder, image_size).image_size
-        self._version = fingerprint("sam3", digest_model(self.folder), self.concepts, self.image_size, mode, threshold)
+        facts = (self.concepts, self.image_size, mode, self.threshold)
+        self._version = fingerprint("sam3", digest_model(self.folder), *facts)
         self._loaded: _Loaded | None = None
 
     @property

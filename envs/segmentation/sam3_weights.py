@@ -23,11 +23,16 @@ FILES = (
 OLDEST = "5.10"
 # Checkpoints of several generations of transformers are about; some have no "text_model" in these names.
 NAMES = {r"text_encoder\.(embeddings|encoder|final_layer_norm)\.": r"text_encoder.text_model.\1."}
-BLOCK, BLOCKS = 1 << 16, 64  # bytes; so many of them tell one large file from another
+LARGEST = 672  # pixels, unless more are asked for
+SAMPLE = 4096  # bytes in the middle of a tensor; those of all tensors tell one checkpoint from another
 INSTEAD = (
-    "Without these weights: mask_source=ground_truth, colour or student; a checkpoint of SAM3-LiteText, such as "
+    "Without these weights: another segmenter, which is GroundTruth, ColourModel or Student in Python and "
+    "agent.mask_source=ground_truth, colour or student in training; a checkpoint of SAM3-LiteText, such as "
     "vil-uob/sam3-litetext-s0; or a small stand-in from scripts/make_tiny_sam3.py"
 )
+
+
+AGAIN = "delete this file and download or save the checkpoint again"
 
 
 def import_transformers() -> Any:
@@ -66,7 +71,7 @@ def find_model(model: str) -> Path:
     Raises:
         OSError: there is no such model, it is not complete, or this account may not download it. The message says
             how to get it and what to use instead.
-        ValueError: it is a model of another kind.
+        ValueError: it is a model of another kind, or a file of it is damaged.
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
@@ -77,16 +82,31 @@ def find_model(model: str) -> Path:
             f"model={model!r}: {folder} has no {' and no '.join(lacking)}; give the folder that "
             "`hf download facebook/sam3` or `save_pretrained` of model and tokenizer wrote"
         )
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    kind = _read_json(folder / "config.json").get("model_type")
     if kind not in MODEL_TYPES:
         raise ValueError(f"model={model!r}: its config.json has model_type={kind!r}, Sam3 loads {MODEL_TYPES}")
     return folder
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:  # no JSON, or no text
+        raise ValueError(f"{path}: not JSON ({error}); {AGAIN}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds a {type(found).__name__}, not an object; {AGAIN}")
+    return found
+
+
 def _list_lacking(folder: Path) -> list[str]:
     """What a folder lacks of a checkpoint."""
     index = folder / "model.safetensors.index.json"
-    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    shards = set(_read_json(index).get("weight_map", {}).values()) if index.is_file() else {"model.safetensors"}
     lacking = [name for name in ("config.json", *sorted(shards)) if not (folder / name).is_file()]
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         lacking.append("tokenizer.json")
@@ -131,35 +151,55 @@ def _explain(model: str, reason: str) -> str:
 
 
 def digest_model(folder: Path) -> str:
-    """A fingerprint of a checkpoint's content, quick for large files: of those it reads blocks here and there."""
+    """A fingerprint of a checkpoint's content, quick for large files: of each tensor it reads a few KiB.
+
+    Raises:
+        ValueError: a file of weights is damaged or was cut short.
+    """
     digest = hashlib.sha256()
     for path in sorted({path for pattern in FILES for path in folder.glob(pattern)}):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for block in range(BLOCKS):
-                file.seek(block * max(size - BLOCK, 0) // (BLOCKS - 1))
-                digest.update(file.read(BLOCK))
-                if size <= BLOCK:
-                    break
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        if path.suffix == ".safetensors":
+            _digest_tensors(path, digest)
+        else:
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
+def _digest_tensors(path: Path, digest: Any) -> None:
+    """Adds the header of a file in the format safetensors, and the middle of each tensor."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = file.read(min(length, size))
+            places = [row["data_offsets"] for name, row in json.loads(header).items() if name != "__metadata__"]
+            whole = 8 + length + max((end for _, end in places), default=0) == size
+        except (ValueError, KeyError, TypeError, AttributeError):
+            whole = False
+        if not whole:
+            raise ValueError(f"{path}: not a whole file of weights in the format safetensors; {AGAIN}")
+        digest.update(header)
+        for start, end in sorted(places):
+            file.seek(8 + length + max(start, (start + end - SAMPLE) // 2))
+            digest.update(file.read(min(SAMPLE, end - start)))
+
+
 def read_config(folder: Path, image_size: int | None) -> Any:
-    """The configuration of the image model, set to a size of its input.
+    """The configuration of the image model, set to a size of its input; None for its own, but at most `LARGEST`.
 
     Raises:
         ValueError: the size is not a multiple of the model's patch.
     """
     transformers = import_transformers()
-    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    kind = _read_json(folder / "config.json")["model_type"]
     config_class = transformers.Sam3LiteTextConfig if kind == "sam3_lite_text" else transformers.Sam3Config
     config = config_class.from_pretrained(folder)  # takes the detector's part of a "sam3_video"
     patch = config.vision_config.backbone_config.patch_size
-    if image_size is not None:
-        if image_size < patch or image_size % patch:
-            raise ValueError(f"image_size={image_size}: give a multiple of the model's patch, {patch} pixels, or null")
-        config.image_size = image_size
+    size = min(LARGEST, config.image_size) if image_size is None else image_size
+    if size < patch or size % patch:
+        raise ValueError(f"image_size={size}: give a multiple of the model's patch, {patch} pixels, or null")
+    config.image_size = size
     return config
 
 

@@ -16,14 +16,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits, interpolate, m
 from envs.choices import check_positive
 from envs.segmentation.background_swap import augment, swap_backgrounds
 from envs.segmentation.metrics import empty_rate, jaccard
-from envs.segmentation.protocol import check_frames, fingerprint
+from envs.segmentation.protocol import HALF, check_frames, fingerprint
 
 WIDTH = 8  # channels at full resolution
 CHUNK = 16  # frames per pass: more do not fit the caches of a CPU
-HALF = 128  # least value of a mask that counts as foreground
-LARGEST_EMPTY_SHARE = (
-    1 / 8
-)  # of what is learned from: a teacher that often finds nothing does not teach to find nothing
+LARGEST_EMPTY_SHARE = 1 / 8  # of what is learned from: a teacher that misses the object does not teach to miss it
 FEWEST_EXAMINED = 4  # held-out labels without which nobody is promoted
 WARM_UP = 20  # steps until the learning rate is reached
 DECAY = 0.98  # of the running mean of the weights
@@ -97,7 +94,7 @@ class Student:
         """Where the network is."""
         return next(self.net.parameters()).device
 
-    @torch.inference_mode()
+    @torch.no_grad()  # no inference mode: its tensors cannot be changed in place later
     def __call__(self, frames: Tensor) -> Tensor:
         """Marks the foreground; see `Segmenter`.
 
@@ -156,7 +153,7 @@ class Distillation:
 
     Args:
         student: what learns, changed in place.
-        capacity: labelled frames to keep, at least 2.
+        capacity: labelled frames to keep; at least four of them must be held out.
         held_out: share of them that is held out, in (0, 1).
         batch_size: labelled frames per step.
         lr: learning rate.
@@ -184,16 +181,19 @@ class Distillation:
         seed: int = 0,
     ):
         check_positive("batch_size", batch_size)
-        if capacity < 2:
-            raise ValueError(f"capacity={capacity}: give at least 2 labelled frames")
         for name, share in (("held_out", held_out), ("bar", bar), ("largest_empty_rate", largest_empty_rate)):
             if not 0 <= share <= 1 or (name == "held_out" and share in (0, 1)):
                 raise ValueError(f"{name}={share}: give a share between 0 and 1")
         self.student, self.promoted = student, False
         self.held_out, self.batch_size, self.lr = held_out, batch_size, lr
         self.bar, self.largest_empty_rate, self.seed = bar, largest_empty_rate, seed
-        self.largest_exam = min(max(1, round(capacity * held_out)), capacity - 1)
+        self.capacity, self.largest_exam = capacity, round(capacity * held_out)
         self.largest_lesson = capacity - self.largest_exam
+        if self.largest_exam < FEWEST_EXAMINED or self.largest_lesson < 1:
+            raise ValueError(
+                f"capacity={capacity} with held_out={held_out} keeps {self.largest_lesson} labels to learn from and "
+                f"{self.largest_exam} for the examination: give 1 and {FEWEST_EXAMINED} at least, or nobody is promoted"
+            )
         self.lesson = self.exam = torch.empty(0, 0, 0, 4, dtype=torch.uint8)  # [M, h, w, 3 + 1], frames and masks
         self.added = self.steps = 0
         self.net = deepcopy(student.net)
@@ -255,7 +255,7 @@ class Distillation:
             total += loss.detach()
         return {"loss": float(total) / steps}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def examine(self) -> dict[str, float]:
         """Compares the student with the held-out labels, and promotes or demotes it.
 

@@ -106,11 +106,12 @@ class Sam3Mask(ConceptMask):
         in_key: see `ConceptMask`.
         out_key: see `ConceptMask`.
         union: see `ConceptMask`.
-        max_batch: see `ConceptMask`.
+        max_batch: images per call, and per pass of the model, at least 1.
         options: of `envs.segmentation.sam3.Sam3`, such as `image_size` or `device`.
 
     Raises:
         ValueError: as `ConceptMask` and `Sam3`.
+        OSError: the model cannot be found or may not be downloaded.
         ImportError: transformers is not installed.
     """
 
@@ -122,10 +123,10 @@ class Sam3Mask(ConceptMask):
         in_key: NestedKey = "pixels",
         out_key: NestedKey = "mask",
         union: bool = True,
-        max_batch: int = 64,
+        max_batch: int = 16,
         **options: Any,
     ):
         from envs.segmentation.sam3 import Sam3
 
-        segmenter = Sam3(split_prompt(prompt), model, **options)
+        segmenter = Sam3(split_prompt(prompt), model, max_batch=max_batch, **options)
         super().__init__(segmenter, in_key, out_key, union=union, max_batch=max_batch)

@@ -1,6 +1,7 @@
 """AnnotateReplay: which records get which masks, the thread, the metrics, and a resume."""
 
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -90,6 +91,7 @@ def write(replay: RecordRings, count: int, stream: int = 0, rows: int = 8, true_
 def make(replay: SequenceReplay, labeller: Labeller, frames_per_update: int = 4, asynchronous: bool = False):
     """A trainer that only takes what it gets, and the hook in it."""
     trainer = SimpleNamespace(replay_buffer=replay, ops=[], modules={}, images=[], incidents=[], collected_frames=30)
+    trainer.run_dir = Path("runs/one")
     trainer.register_op = lambda stage, op: trainer.ops.append((stage, op))
     trainer.register_module = trainer.modules.__setitem__
     trainer.logger = SimpleNamespace(log_image=lambda *image: trainer.images.append(image))
@@ -189,7 +191,7 @@ class TestThread:
         assert hook(replay.sample())["segmentation/late"] == 0
         assert labelled_positions(replay) == [16, 17, 18, 19]
         labeller.may_go.release()
-        hook.close()
+        hook.finish()
         assert labelled_positions(replay) == list(range(12, 20)), "the last batch is not lost"
 
     def test_records_that_were_overwritten_meanwhile_are_left_alone(self):
@@ -204,7 +206,7 @@ class TestThread:
         records = read(replay)
         assert records["mask_valid"][:, 0].nonzero().flatten().tolist() == [0, 1]  # positions 38 and 39
         labeller.may_go.release()
-        hook.close()
+        hook.finish()
 
     def test_an_error_surfaces_in_the_next_call(self):
         replay = make_replay()
@@ -216,13 +218,13 @@ class TestThread:
             hook(replay.sample())
         hook(replay.sample())
         with pytest.raises(ArithmeticError):
-            hook.close()
+            hook.finish()
 
     def test_an_error_without_a_thread(self):
         replay = make_replay()
         write(replay, 20)
         trainer, hook = make(replay, Broken())
-        assert [stage for stage, _ in trainer.ops] == ["post_optim_log"]
+        assert [stage for stage, _ in trainer.ops] == ["post_optim_log", "shutdown"]
         with pytest.raises(ArithmeticError, match="no mask today"):
             hook(replay.sample())
 
@@ -238,7 +240,24 @@ class TestThread:
         assert labeller.entered.acquire(timeout=30)
         labeller.may_go.release()
         assert hook.state_dict()["labeller"] == {"calls": 1}
-        hook.close()
+        hook.finish()
+
+
+class TestEnd:
+    @pytest.mark.parametrize("asynchronous", [False, True])
+    def test_what_was_learned_stays_in_the_run_folder(self, asynchronous):
+        class Learned(Bright):
+            def export(self, folder):
+                self.exported = folder, len(self.calls)
+
+        replay, labeller = make_replay(), Learned()
+        write(replay, 20)
+        trainer, hook = make(replay, labeller, asynchronous=asynchronous)
+        hook(replay.sample())
+        (end,) = (op for stage, op in trainer.ops if stage == "shutdown")
+        end()
+        assert labeller.exported == (trainer.run_dir, 1), "after the batch under way"
+        assert labelled_positions(replay) == [16, 17, 18, 19]
 
 
 class TestMetrics:
@@ -381,5 +400,5 @@ def test_beside_a_writer_in_another_process():
         assert torch.equal(batch["mask"][valid] > 0, batch["pixels"][valid][..., :1] > 0)
         labelled += int(valid.sum())
         writer.join(timeout=1e-2)
-    hook.close()
+    hook.finish()
     assert writer.exitcode == 0 and replay.write_count == 1020 and labelled > 100

@@ -9,6 +9,7 @@ from tensordict import TensorDict
 
 from dreamer.labellers import make_labeller
 from envs.segmentation.ground_truth import GroundTruth
+from envs.segmentation.student import Student
 
 SIZE = 16
 SETTINGS = {
@@ -80,6 +81,9 @@ class TestChoice:
             def __init__(self, concepts, model, **options):
                 made.update(concepts=concepts, model=model, **options)
 
+            def load(self):
+                made["loaded"] = True
+
             def __call__(self, frames):
                 masks = torch.zeros(*frames.shape[:3], 2, dtype=torch.uint8)
                 masks[:, :, : SIZE // 2, 0] = masks[:, : SIZE // 2, :, 1] = 200
@@ -87,7 +91,7 @@ class TestChoice:
 
         monkeypatch.setattr("envs.segmentation.sam3.Sam3", FakeSam3)
         labeller = make("sam3", prompt="cart . pole", model="here", threshold=0.3)
-        assert made["concepts"] == ("cart", "pole") and made["model"] == "here"
+        assert made["concepts"] == ("cart", "pole") and made["model"] == "here" and made["loaded"]
         assert (made["image_size"], made["threshold"], made["mode"]) == (56, 0.3, "instance")
         labels = labeller.label(make_frames(3, true_mask=False))
         assert labels.mask.shape == (3, SIZE, SIZE, 1) and (labels.mask > 0).sum() == 3 * SIZE * SIZE * 3 // 4
@@ -128,6 +132,24 @@ class TestStudent:
     def test_learns_from_labels_of_a_file_too(self, tmp_path):
         assert make("student").distillation.added == 0
         assert make("student", labels=write_labels(tmp_path)).distillation.added == 8
+
+    def test_labels_of_many_files_are_spread_over_all(self, tmp_path):
+        """More than the student keeps: the first file counts as much as the last."""
+        for name, level in (("a", 10), ("b", 200)):
+            pixels, mask = np.full((900, 4, 4, 3), level, dtype=np.uint8), np.ones((900, 4, 4), dtype=bool)
+            np.savez(tmp_path / f"{name}.npz", pixels=pixels, mask=mask)
+        distillation = make("student", labels=str(tmp_path)).distillation
+        assert distillation.added == distillation.capacity == 1024
+        assert (distillation.lesson[:, 0, 0, 0] == 10).float().mean().item() == pytest.approx(0.5, abs=0.01)
+
+    def test_is_kept_if_it_is_good_enough(self, tmp_path):
+        labeller = make("student")
+        labeller.export(tmp_path)
+        assert not list(tmp_path.iterdir())
+        labeller.distillation.promoted = True
+        labeller.export(tmp_path)
+        kept = Student.load(tmp_path / "student.safetensors")
+        assert kept.version == labeller.distillation.student.version
 
     def test_until_promoted_only_the_frames_of_the_teacher(self):
         labeller, frames = make("student", teacher_frames=3), make_frames(7)

@@ -12,10 +12,14 @@ from torchrl.envs import Compose, ParallelEnv, SerialEnv, ToTensorImage, Transfo
 
 from envs import ConceptMask, MaskObservation
 from envs.backends.square import SquareEnv
-from envs.checks import check_transform
+from envs.checks import MAX_PICKLE, check_transform
+from envs.segmentation.colour import ColourModel
 from envs.segmentation.ground_truth import GroundTruth
 from envs.segmentation.protocol import check_frames, fingerprint
+from envs.segmentation.sam3 import Sam3
+from envs.segmentation.student import Student
 from envs.transforms import Sam3Mask
+from scripts.make_tiny_sam3 import make_config, make_model, save_model
 
 
 class Bright:
@@ -225,7 +229,42 @@ def test_sam3_in_one_line(monkeypatch):
             self.given = arguments, options
 
     monkeypatch.setattr(sam3, "Sam3", Recorded)
-    transform = Sam3Mask("robot arm . ball", "some/folder", union=False, image_size=336)
-    assert transform.segmenter.given == ((("robot arm", "ball"), "some/folder"), {"image_size": 336})
-    assert not transform.union and transform.max_batch == 64
-    assert Sam3Mask("robot").segmenter.given == ((("robot",), "facebook/sam3"), {})
+    transform = Sam3Mask("robot arm . ball", "some/folder", union=False, image_size=336, max_batch=4)
+    options = {"image_size": 336, "max_batch": 4}
+    assert transform.segmenter.given == ((("robot arm", "ball"), "some/folder"), options)
+    assert not transform.union and transform.max_batch == 4
+    assert Sam3Mask("robot").segmenter.given == ((("robot",), "facebook/sam3"), {"max_batch": 16})
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A small checkpoint of SAM 3 with random weights."""
+    return str(save_model(make_model(make_config(28)), tmp_path_factory.mktemp("sam3")))
+
+
+def make_segmenter(name: str, tiny: str):
+    """The colour model is fitted to the square, the others know nothing."""
+    if name == "sam3":
+        return Sam3("square", tiny, threshold=0.0, device="cpu")
+    if name == "student":
+        return Student()
+    data = SquareEnv(16).rollout(5, break_when_any_done=False)
+    return ColourModel().fit(data["pixels"], data["mask"])
+
+
+@pytest.mark.parametrize("name", ["colour", "student", "sam3"])
+def test_real_segmenters(name, tiny):
+    """They write masks, travel in a pickle of less than a megabyte and then write the same."""
+    transform = ConceptMask(make_segmenter(name, tiny))
+    data = TransformedEnv(SquareEnv(16), transform).rollout(3)
+    pickled = pickle.dumps(transform)
+    again = pickle.loads(pickled)(data.select("pixels"))
+    assert data["mask"].shape == (3, 16, 16, 1) and data["mask"].any() and len(pickled) < MAX_PICKLE
+    assert (again["mask"].int() - data["mask"].int()).abs().max() <= 1  # a batch of another size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["colour", "student", "sam3"])
+def test_conformance_of_real_segmenters(name, tiny):
+    segmenter = make_segmenter(name, tiny)
+    assert check_transform(lambda: ConceptMask(segmenter))

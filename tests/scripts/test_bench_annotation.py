@@ -9,7 +9,7 @@ import pytest
 import torch
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-SMALL = ("--env", "env=mock,env.image_size=16", "--agent", "agent=world2filter,agent/size=debug", "--frames", "16")
+SMALL = ("--env", "env=mock,env.image_size=16", "--agent", "agent=world2filter,agent/size=debug", "--frames", "64")
 SMALL += ("--repeats", "1", "--updates", "1", "--batch", "2", "--length", "4", "--frames-per-update", "2")
 
 
@@ -35,6 +35,11 @@ def test_throughput(run):
         (name, size) for name in ("colour", "student", "student, promoted") for size in (1, 4)
     ]
     assert all(row["labeller"] in output and row["frames/s"] > 0 for row in rows)
+
+
+def test_a_student_that_was_not_examined_is_not_shown_as_promoted(run):
+    with pytest.raises(SystemExit, match="--frames 16: too few"):
+        run("--only", "throughput", "--batches", "1", "--frames", "16")
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import envs  # noqa: F401  chooses MuJoCo's renderer before a script imports it
+from scripts.make_tiny_sam3 import make_config, make_model, save_model
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SMALL = ("--image-size", "16", "--episodes", "1", "--steps", "3", "--labels", "2", "--rounds", "1")
@@ -36,6 +37,15 @@ def test_table(script, monkeypatch, capsys, tmp_path):
     assert truth["J"] == truth["F"] == truth["recall"] == 1
     assert truth["false positives"] == truth["empty"] == truth["flicker"] == 0
     assert 0 < rows[1]["J"] <= 1 and rows[1]["frames/CPU-s"] > 0
+
+
+@pytest.mark.slow
+def test_size_of_the_input_of_sam3(script, monkeypatch, tmp_path):
+    folder = save_model(make_model(make_config()), tmp_path)
+    options = ("--renderer", "fast", "--student-steps", "1", "--sam3", str(folder), "--sam3-image-size", "60")
+    monkeypatch.setattr(sys, "argv", [script, *SMALL, "--tasks", "cheetah_run", *options])
+    with pytest.raises(ValueError, match="image_size=60: give a multiple of the model's patch"):
+        runpy.run_path(script, run_name="__main__")
 
 
 def test_painted_over(script):

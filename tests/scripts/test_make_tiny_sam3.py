@@ -5,11 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from envs.segmentation.sam3 import Sam3
-from scripts import make_tiny_sam3
+from scripts import make_tiny_sam3, preprocess_masks
 from scripts.make_tiny_sam3 import COLOURS, compute_loss, draw_shapes, make_task_sampler
+from tests.test_configs import config
 
 
 def run(monkeypatch, *arguments):
@@ -33,6 +35,32 @@ def test_training_changes_the_weights_and_the_checkpoint_loads(tmp_path, monkeyp
     trained, untrained = (load_file(tmp_path / name / "model.safetensors") for name in ("tiny", "random"))
     assert not all(torch.equal(value, untrained[name]) for name, value in trained.items())
     assert Sam3("red", str(tmp_path / "tiny"), image_size=None).image_size == 32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", 5], "--steps 5: nothing to learn"),
+        (["--task", "cheetah_run", "--frames", 0], "--frames 0: at least 1"),
+    ],
+)
+def test_what_is_refused(arguments, message, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--out", tmp_path / "tiny", *arguments)
+    assert message in capsys.readouterr().err and not (tmp_path / "tiny").exists()
+
+
+def test_the_options_that_are_printed_work(tmp_path, monkeypatch, capsys):
+    """They are settings of train.py, arguments of preprocess_masks.py, and a line of Python."""
+    run(monkeypatch, "--out", tmp_path / "tiny")
+    printed = capsys.readouterr().out
+    train, labels, python = (line.split(":", 1)[1].strip() for line in printed.splitlines()[-3:])
+    overrides = dict(word.split("=") for word in train.split())
+    found = config("agent=world2filter", *train.split())
+    for name, value in overrides.items():
+        assert str(OmegaConf.select(OmegaConf.create(found), name)) == value.replace("null", "None")
+    options = preprocess_masks.parse(["--data_dir", "a", "--output_dir", "b", "--prompt", "robot", *labels.split()])
+    assert preprocess_masks.make_segmenter(options).version == eval(python).version
 
 
 def test_shapes_have_their_colour():

@@ -8,9 +8,11 @@ import av
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from envs.segmentation.labels import load_labels
 from envs.segmentation.protocol import check_frames, fingerprint
+from scripts.make_tiny_sam3 import make_config, make_model, save_model
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.append(str(SCRIPTS))
@@ -86,12 +88,42 @@ def test_goes_on_where_it_stopped(monkeypatch, folder, capsys):
     whole = (folder / "masks/deep/b.npz").read_bytes()
     (folder / "masks/deep/b.npz").write_bytes(whole[: len(whole) // 2])
     assert run(monkeypatch, folder, Bright()) == [3, 4], "what is missing or damaged is made again"
-    later = (folder / "masks/a.npz").stat().st_mtime + 5
-    np.savez(folder / "episodes/a.npz", pixels=make_frames(2, 0))
-    os.utime(folder / "episodes/a.npz", (later, later))
-    assert run(monkeypatch, folder, Bright()) == [2], "an episode that is newer than its masks"
+    episode = folder / "episodes/a.npz"
+    time = episode.stat().st_mtime_ns
+    np.savez(episode, pixels=make_frames(2, 0))
+    os.utime(episode, ns=(time, time))
+    assert run(monkeypatch, folder, Bright()) == [2], "an episode of another size"
+    os.utime(episode, ns=(time, time - 1))
+    assert run(monkeypatch, folder, Bright()) == [2], "an episode of another time, though older than its masks"
     assert (folder / "masks/a.npz").read_bytes() != before
     assert run(monkeypatch, folder, Bright(50)) == [2, 3, 4], "another version"
+
+
+def test_an_episode_that_lies_elsewhere(monkeypatch, folder):
+    """The masks of a file of the same size and time, but with other frames."""
+    run(monkeypatch, folder, Bright())
+    (folder / "episodes").rename(folder / "elsewhere")
+    assert len(run(monkeypatch, folder, Bright(), "--data_dir", str(folder / "elsewhere"))) == 4
+
+
+def test_both_folders_may_move_together(monkeypatch, folder):
+    run(monkeypatch, folder, Bright())
+    (folder / "moved").mkdir()
+    for name in ("episodes", "masks"):
+        (folder / name).rename(folder / "moved" / name)
+    assert len(load_labels(folder / "moved/masks")[0]) == 12
+    assert run(monkeypatch, folder / "moved", Bright()) == []
+
+
+def test_a_full_disk_leaves_nothing_half_written(monkeypatch, folder, capsys):
+    def fail(number):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("dreamer.files.os.fsync", fail)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, folder, Bright())
+    assert capsys.readouterr().out.count("no space left") == 3
+    assert not [path for path in folder.glob("masks/**/*") if path.is_file()]
 
 
 def test_masks_may_lie_below_the_episodes(monkeypatch, folder):
@@ -130,6 +162,8 @@ def test_an_interruption_leaves_nothing_half_written(monkeypatch, folder):
         (["--output_dir", "{}/episodes"], "is --data_dir too; give another folder"),
         (["--data_dir", "{}/nothing"], "no .npz files and no videos"),
         ([], '--prompt: say what belongs to the foreground, for example "robot arm . ball"'),
+        (["--segmenter", "colour", "--prompt", "robot"], "--prompt: of --segmenter sam3 only, colour does not look"),
+        (["--segmenter", "student", "--mode", "semantic"], "--mode: of --segmenter sam3 only, student"),
         (["--segmenter", "colour"], "--segmenter colour needs labelled frames to fit it on"),
         (["--segmenter", "student"], "--segmenter student needs the file of a trained student"),
         (["--segmenter", "colour", "--model", "{}/episodes"], "no labelled frames"),
@@ -157,6 +191,34 @@ def test_with_a_colour_model(folder):
     script.main(["--data_dir", str(folder / "episodes"), "--output_dir", str(folder / "masks"), *command])
     masks = load_labels(folder / "masks/a.npz")[1]
     assert ((masks[..., 0] > 127) == torch.from_numpy(frames[..., 0] > 100)).float().mean() > 0.9
+
+
+def test_a_colour_model_does_not_load_all_labels(folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr("envs.segmentation.colour.ColourModel.fit", lambda self, *labels: seen.append(len(labels[0])))
+    np.savez(folder / "many.npz", pixels=make_frames(150, 0), mask=np.ones((150, 16, 16), dtype=bool))
+    command = ["--segmenter", "colour", "--model", str(folder / "many.npz"), "--data_dir", "a", "--output_dir", "b"]
+    script.make_segmenter(script.parse(command))
+    assert seen == [script.MOST_LABELS]
+
+
+def test_with_sam3(folder):
+    """What is given reaches it, what is not given is its own default; weights that do not fit are told in one line."""
+    tiny = save_model(make_model(make_config(28)), folder / "tiny")
+    command = ["--prompt", "cart . pole", "--model", str(tiny), "--data_dir", str(folder / "episodes")]
+    command += ["--output_dir", str(folder / "masks"), "--device", "cpu"]
+    options = ["--image_size", "56", "--threshold", "0.2", "--mode", "semantic", "--batch_size", "3"]
+    made = script.make_segmenter(script.parse([*command, *options]))
+    assert made.concepts == ("cart", "pole") and made._loaded is not None
+    assert (made.image_size, made.threshold, made.mode, made.max_batch) == (56, 0.2, "semantic", 3)
+    default = script.make_segmenter(script.parse(command))
+    assert (default.image_size, default.threshold, default.mode, default.max_batch) == (28, 0.5, "instance", 16)
+    weights = load_file(tiny / "model.safetensors")
+    weights.popitem()
+    save_file(weights, tiny / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match="1 weights are missing"):
+        script.main(command)
+    assert not (folder / "masks").exists()
 
 
 def test_with_a_student(folder):

@@ -5,9 +5,9 @@ import pickle
 import pytest
 import torch
 
-from envs.segmentation.colour import HALF, ColourModel
+from envs.segmentation.colour import ColourModel
 from envs.segmentation.metrics import jaccard
-from envs.segmentation.protocol import Segmenter
+from envs.segmentation.protocol import HALF, Segmenter
 
 SIZE = 24
 

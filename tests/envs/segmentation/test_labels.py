@@ -100,6 +100,29 @@ def test_damage_and_mixed_sizes(tmp_path):
         load_labels(tmp_path)
 
 
+def test_a_segmenter_may_be_unsure_of_all(tmp_path):
+    """A mask of 1 at most is refused only where nobody says that a segmenter made it."""
+    np.savez(
+        tmp_path / "a.npz",
+        pixels=frames(2),
+        mask=np.ones((2, 4, 4), dtype=np.uint8),
+        mask_version=np.full((2, 1), 5),
+    )
+    assert load_labels(tmp_path)[1].unique().tolist() == [1]
+
+
+@pytest.mark.parametrize(("offset", "value"), [(8, 1), (10, 99)], ids=["encrypted", "packed in an unknown way"])
+def test_what_python_cannot_unpack(tmp_path, offset, value):
+    """Flags and the way of packing are bytes 8 and 10 of an entry in the directory of a zip file."""
+    path = tmp_path / "a.npz"
+    np.savez(path, pixels=frames(2))
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + offset] = value
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.npz: not a \.npz file of plain arrays that can be read"):
+        read_frames(path)
+
+
 def test_what_is_no_video(tmp_path):
     (tmp_path / "film.mp4").write_bytes(b"no film")
     for name in ("film.mp4", "none.mp4"):

@@ -92,6 +92,16 @@ def test_masks_at_the_size_of_the_frame():
     assert (resized[..., 1] == 128).all()
 
 
+def test_smaller_masks_are_means_of_all_their_pixels():
+    """Halved: the weights per axis are 3 : 3 : 1 at the edge; twice, for rows and columns."""
+    masks = torch.zeros(1, 1, 4, 4)
+    masks[..., 0] = masks[..., 2] = 1
+    resized = resize_masks(masks, 2, 2)
+    assert resized[0, :, :, 0].tolist() == [[round(255 * 4 / 7), round(255 * 3 / 7)]] * 2
+    masks[..., 1:, :] = 0
+    assert resize_masks(masks, 2, 2)[0, :, 0, 0].tolist() == [round(255 * 4 / 7 * 3 / 7), 0]
+
+
 def test_protocol_and_shapes(segmenter, frames):
     assert isinstance(segmenter, Segmenter) and segmenter.concepts == PROMPTS
     masks, presence = segmenter.masks_and_presence(frames)
@@ -195,7 +205,10 @@ def test_version_changes_with_all_that_changes_masks(segmenter, random_folder, r
     versions.add(Sam3(**{**base, "model": str(save_model(changed, tmp_path / "other"))}).version)
     assert len(versions | {segmenter.version}) == len(changes) + 2
     moved = shutil.copytree(random_folder, tmp_path / "moved")
-    assert Sam3(**{**base, "model": str(moved), "image_size": 56, "max_batch": 3}).version == segmenter.version
+    assert (
+        Sam3(**{**base, "model": str(moved), "image_size": 56, "max_batch": 3, "threshold": 0}).version
+        == segmenter.version
+    )
 
 
 @pytest.mark.parametrize(
@@ -300,7 +313,14 @@ def test_no_access(error, raised, message, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(raised, match=message) as caught:
         Sam3("robot", "facebook/sam3")
-    for part in ("https://huggingface.co/facebook/sam3", "hf auth login", "HF_TOKEN", "refused", "mask_source="):
+    for part in (
+        "https://huggingface.co/facebook/sam3",
+        "hf auth login",
+        "HF_TOKEN",
+        "refused",
+        "agent.mask_source=",
+        "ColourModel",
+    ):
         assert part in str(caught.value)
 
 
@@ -324,16 +344,58 @@ def test_large_model_on_a_cpu_warns(monkeypatch, random_folder):
         Sam3("robot", str(random_folder), image_size=None, device="cpu").load()
 
 
-def test_digest_reads_large_files_in_blocks(monkeypatch, tmp_path):
-    monkeypatch.setattr(sam3_weights, "BLOCK", 8)
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(bytes(5000))
-    first = sam3_weights.digest_model(tmp_path)
-    weights.write_bytes(bytes(4999) + b"1")
-    assert sam3_weights.digest_model(tmp_path) != first, "the last byte is in the last block"
+def test_digest_sees_a_change_in_any_tensor(tmp_path):
+    """One value of the one tensor in the middle of many, of the same size as before."""
+    weights = {f"layer{number:03}": torch.full((500,), float(number)) for number in range(300)}
+    weights["large"], weights["empty"] = torch.zeros(50_000), torch.zeros(0)
+    digests = set()
+    for change in (0, 1):
+        weights["layer150"][250] += change
+        save_file(weights, tmp_path / "model.safetensors")
+        digests.add(sam3_weights.digest_model(tmp_path))
+    weights["large"] += 1
+    save_file(weights, tmp_path / "model.safetensors")
+    digests.add(sam3_weights.digest_model(tmp_path))
+    (tmp_path / "vocab.json").write_text("{}")
+    digests.add(sam3_weights.digest_model(tmp_path))
+    assert len(digests) == 4
     (tmp_path / "README.md").write_text("changes nothing")
-    weights.write_bytes(bytes(5000))
-    assert sam3_weights.digest_model(tmp_path) == first
+    assert sam3_weights.digest_model(tmp_path) in digests
+
+
+@pytest.mark.parametrize("damage", [lambda whole: whole[:-1], lambda whole: whole[:100], lambda whole: whole + b"1"])
+def test_damaged_weights_are_named(damage, random_folder, tmp_path):
+    folder = shutil.copytree(random_folder, tmp_path / "damaged")
+    path = folder / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"damaged/model\.safetensors: not a whole file .* download or save"):
+        Sam3("robot", str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("config.json", "{"), ("config.json", "[]"), ("model.safetensors.index.json", "{")]
+)
+def test_damaged_json_is_named(name, text, random_folder, tmp_path):
+    folder = shutil.copytree(random_folder, tmp_path / "damaged")
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"damaged/{name}: .*delete this file and download or save"):
+        Sam3("robot", str(folder))
+
+
+def test_size_of_the_checkpoint_but_not_more_than_needed(monkeypatch, random_folder):
+    assert Sam3("robot", str(random_folder)).image_size == 56
+    monkeypatch.setattr(sam3_weights, "LARGEST", 28)
+    assert Sam3("robot", str(random_folder)).image_size == 28
+    assert Sam3("robot", str(random_folder), image_size=84).image_size == 84
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu(segmenter, random_folder, frames):
+    grey = [(compute_pixel_values(some, 56).cpu() + 1) * 127.5 for some in (frames, frames.cuda())]
+    torch.testing.assert_close(*grey, atol=1.01, rtol=0)
+    masks = Sam3(PROMPTS, str(random_folder), threshold=0.0, dtype="float32", device="cuda")(frames.cuda())
+    assert masks.is_cuda and (masks.cpu().int() - segmenter(frames).int()).abs().float().mean() < 4
 
 
 @pytest.mark.slow

@@ -7,10 +7,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from envs.segmentation import Segmenter
+from envs.segmentation import Segmenter, background_swap
 from envs.segmentation.background_swap import augment, make_backgrounds, swap_backgrounds
 from envs.segmentation.metrics import jaccard
-from envs.segmentation.student import HALF, Distillation, Student, StudentNet, compute_loss
+from envs.segmentation.protocol import HALF
+from envs.segmentation.student import Distillation, Student, StudentNet, compute_loss
 
 SIZE = 32
 
@@ -115,6 +116,22 @@ def test_a_swap_keeps_the_foreground_and_changes_the_rest():
     assert elsewhere.sum() < 20  # no disc is pasted in with a donor
 
 
+def test_donors_lend_their_backgrounds_without_their_foregrounds(monkeypatch):
+    """Two frames of 8 x 8 pixels, each with one pixel of foreground, before the other one's background, mirrored."""
+    monkeypatch.setattr(
+        background_swap, "_uniform", lambda like, channels, generator: like.new_zeros(len(like), 1, 1, 1)
+    )
+    frames, masks = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.zeros(2, 1, 8, 8)
+    masks[0, 0, 1, 1] = masks[1, 0, 5, 5] = 1
+    swapped = swap_backgrounds(frames, masks, frames.roll(1, 0), masks.roll(1, 0), torch.Generator().manual_seed(0))
+    assert torch.equal(swapped[0, :, 1, 1], frames[0, :, 1, 1])
+    same = (swapped[0] == frames[1].flip(-1)).all(0)  # [h, w]
+    hole = torch.zeros(8, 8, dtype=torch.bool)
+    hole[4:7, 1:4] = True  # column 5 mirrored is column 2; one pixel around it
+    hole[1, 1] = True  # its own foreground
+    assert torch.equal(same, ~hole)
+
+
 def test_augmented_masks_stay_with_their_frames():
     frames, masks = (t.permute(0, 3, 1, 2).float() / 255 for t in make_discs(16, seed=0))
     pictures, moved = augment(masks.expand(-1, 3, -1, -1), masks, frames, masks, torch.Generator().manual_seed(0))
@@ -181,6 +198,30 @@ def test_global_random_numbers_are_left_alone():
     assert distillation.student.version == teach(20, 1).student.version != teach(20, 1, seed=1).student.version
 
 
+def test_running_mean_by_hand():
+    distillation = Distillation(Student())
+    for net, value in ((distillation.student.net, 0.0), (distillation.net, 1.0)):
+        for weights in net.state_dict().values():
+            weights.fill_(value)
+
+    def marking() -> float:
+        (value,) = torch.cat([w.flatten() for w in distillation.student.net.parameters()]).unique().tolist()
+        return value
+
+    distillation.steps = 10  # the decay is 10 / 20
+    distillation._average()
+    assert marking() == 0.5
+    distillation.steps = 10_000  # the decay is 0.98
+    distillation._average()
+    assert marking() == pytest.approx(0.51)
+
+
+def test_masks_are_ordinary_tensors():
+    masks = Student()(make_discs(2, seed=0)[0])
+    masks[0] = 7
+    assert not masks.is_inference() and not masks.requires_grad
+
+
 def test_learning_works_within_no_grad():
     distillation = Distillation(Student())
     assert distillation.learn(3) == {}  # nothing to learn from yet
@@ -232,6 +273,9 @@ def test_wrong_shapes_and_options_say_what_to_give():
     distillation.add(frames, masks)
     with pytest.raises(ValueError, match="one size"):
         distillation.add(frames[:, :16], masks[:, :16])
-    for options in ({"held_out": 0}, {"held_out": 1}, {"bar": 2}, {"capacity": 1}, {"batch_size": 0}):
+    assert Distillation(student, capacity=35).largest_exam == 4
+    bad = [{"held_out": 0}, {"held_out": 1}, {"bar": 2}, {"batch_size": 0}]
+    bad += [{"capacity": 1}, {"capacity": 34}, {"capacity": 4, "held_out": 0.99}]
+    for options in bad:
         with pytest.raises(ValueError, match=next(iter(options))):
             Distillation(student, **options)
