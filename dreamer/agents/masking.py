@@ -11,7 +11,7 @@ from torch import Tensor
 from torchrl.trainers.trainers import TrainerHookBase
 
 from dreamer.agents import Agent, EnvSpec, Media
-from dreamer.agents.assembly import observed_shapes
+from dreamer.agents.assembly import assemble, observed_shapes
 from dreamer.agents.parts import ActionCodec, ToRecords, make_record
 from dreamer.agents.pictures import (
     COLUMNS,
@@ -57,32 +57,34 @@ def pixel_shapes(env_spec: EnvSpec) -> dict[str, tuple[int, ...]]:
     return {"pixels": (*size, channels + 1)}
 
 
-def with_masks(
-    agent: Agent,
+def assemble_with_masks(
+    model_loss: SegmentationDreamerModelLoss,
     *,
     env_spec: EnvSpec,
     codec: ActionCodec,
     optimization: Mapping[str, Any],
     mask_source: str,
-    settings: Mapping[str, Any],
+    segmentation: Mapping[str, Any],
+    **others: Any,
 ) -> Agent:
-    """Let an agent store masks with its records, have them labelled, and show them.
+    """As :func:`dreamer.agents.assembly.assemble`: an agent that stores masks, has them labelled, and shows them.
 
     Args:
-        agent: Its model loss is a :class:`SegmentationDreamerModelLoss`.
-        env_spec, codec, optimization: As for ``agent``.
+        model_loss: The world model and what trains it.
+        env_spec, codec, optimization, others: As in :func:`dreamer.agents.assembly.assemble`.
         mask_source: Where the masks come from, one of :data:`SOURCES`.
-        settings: Of the labels: ``agent.segmentation`` in the configuration.
+        segmentation: How records are labelled, if the masks are not the simulator's.
 
     Raises:
         ValueError: for labels from a thread beside a CUDA graph.
     """
     labelled_later = mask_source != GROUND_TRUTH
-    if labelled_later and settings["asynchronous"] and optimization["cudagraph"]:
+    if labelled_later and segmentation["asynchronous"] and optimization["cudagraph"]:
         raise ValueError(
             "agent.segmentation.asynchronous=true: give optimization.cudagraph=false as well, because a graph cannot "
             "be captured while another thread uses the GPU"
         )
+    agent = assemble(model_loss, env_spec=env_spec, codec=codec, optimization=optimization, **others)
     keys = [*observed_shapes(env_spec), *(["mask"] if "mask" in env_spec.observation else [])]
     device = next(agent.loss.parameters()).device
     return replace(
@@ -90,7 +92,7 @@ def with_masks(
         to_records=LabelledRecords(ToRecords(keys, codec), mask_source),
         record=add_labels(make_record(env_spec, keys, codec, agent.primers), mask_source),
         make_media=partial(make_mask_media, agent.loss.model, agent.loss.actor_critic),
-        make_hooks=partial(make_hooks, mask_source, env_spec, device, settings) if labelled_later else None,
+        make_hooks=partial(make_hooks, mask_source, env_spec, device, segmentation) if labelled_later else None,
     )
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from dreamer.agents import Agent, EnvSpec
-from dreamer.agents.assembly import assemble, observed_shapes, partition
-from dreamer.agents.masking import check_masks, choose_selective, pixel_shapes, with_masks
+from dreamer.agents.assembly import observed_shapes, partition
+from dreamer.agents.masking import assemble_with_masks, check_masks, choose_selective, pixel_shapes
 from dreamer.agents.parts import ActionCodec, make_world_model
 from dreamer.models.background import LatentBackground, StopGradientBackground
 from objectives import World2FilterModelLoss
@@ -65,8 +65,10 @@ def build(
         free_nats=free_nats,
         horizon=horizon,
     )
-    agent = assemble(
+    return assemble_with_masks(
         model_loss,
+        mask_source=mask_source,
+        segmentation=segmentation,
         env_spec=env_spec,
         codec=codec,
         device=device,
@@ -81,14 +83,6 @@ def build(
         slow_regularizer=slow_regularizer,
         slow_critic_rate=slow_critic_rate,
         return_norm_rate=return_norm_rate,
-    )
-    return with_masks(
-        agent,
-        env_spec=env_spec,
-        codec=codec,
-        optimization=optimization,
-        mask_source=mask_source,
-        settings=segmentation,
     )
 
 

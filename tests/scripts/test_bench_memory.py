@@ -33,6 +33,7 @@ def run(bench, monkeypatch, capsys, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_figures(run):
     output, (row,) = run("--sizes", "debug", *SMALL)
     assert "B=2, T=4" in output and output.splitlines()[-1].startswith("| debug | ")
