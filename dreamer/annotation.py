@@ -140,7 +140,8 @@ class AnnotateReplay(TrainerHookBase):
         if not len(mask):
             return metrics
         valid = torch.ones(len(mask), 1, dtype=torch.bool)
-        values = TensorDict({"mask": mask, "mask_valid": valid, "mask_version": version[:, None]}, [len(mask)])
+        # The flag comes last: whoever samples meanwhile never sees it without the mask.
+        values = TensorDict({"mask": mask, "mask_version": version[:, None], "mask_valid": valid}, [len(mask)])
         metrics["late"] = float(len(mask) - self.replay.write(frames["stream"], frames["position"], values))
         shown = mask >= HALF
         present = shown.float().mean((1, 2, 3)) >= SMALLEST_SHARE  # [n]

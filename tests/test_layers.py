@@ -25,6 +25,7 @@ LAYERS = {
             "dreamer.agents.pictures",
             "dreamer.annotation",
             "dreamer.labellers",
+            "envs.segmentation.metrics",
             "dreamer.models",
             "dreamer.steppers",
             "objectives",

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor
 from torchrl.trainers.trainers import TrainerHookBase
 
 from dreamer.agents import Agent, EnvSpec, Media
@@ -168,33 +167,24 @@ def make_mask_media(
         ``segmentation/comparison``: real | label | what the model makes, side by side, for two sequences. The number
         ``segmentation/model_iou`` compares the model's mask with the simulator's, or with the label if there is none.
     """
+    from envs.segmentation.metrics import jaccard
+
     media = make_media(model, actor_critic, batch)
-    batch = batch[choose_sequences(batch["is_init"][:, : CONTEXT_STEPS + IMAGINED_STEPS])]
+    length = CONTEXT_STEPS + IMAGINED_STEPS  # the same sequences as there, and a video as long
+    batch = batch[choose_sequences(batch["is_init"][:, :length])]
     rollout = model.observe(batch)
     image, label, labelled = model.read_labels(batch)
     layers = model.take_apart(rollout, batch)
     truth = batch["true_mask"].float() if "true_mask" in batch else label
-    known = torch.ones_like(labelled) if "true_mask" in batch else labelled
+    known = torch.ones_like(labelled) if "true_mask" in batch else labelled  # [B, T, 1, 1, 1]
+    iou = jaccard((layers["mask"] > 0.5).flatten(0, 1), (truth > 0.5).flatten(0, 1))[known.flatten() > 0]  # [n]
     shown = {"overlay": overlay_mask(image, label)} | {name: layer.expand_as(image) for name, layer in layers.items()}
     still = torch.linspace(0, image.shape[1] - 1, min(COLUMNS, image.shape[1])).long()
     stills = {f"segmentation/{name}": join_columns(layer[:, still].transpose(0, 1)) for name, layer in shown.items()}
-    columns = [
-        layer[:2, : CONTEXT_STEPS + IMAGINED_STEPS] for layer in (image, *shown.values())
-    ]  # as long as the others
+    columns = [layer[:2, :length] for layer in (image, *shown.values())]
     comparison = torch.cat(columns, 3).transpose(0, 1).flatten(1, 2)  # [T, 2 * h, n * w, 3]
     return media._replace(
         images=media.images | {name: to_bytes(row.flatten(0, 1)) for name, row in stills.items()},
         videos=media.videos | {"segmentation/comparison": to_bytes(comparison)},
-        scalars={"segmentation/model_iou": mean_iou(layers["mask"], truth, known)} if known.any() else {},
+        scalars={"segmentation/model_iou": iou.mean()} if len(iou) else {},
     )
-
-
-def mean_iou(masks: Tensor, truth: Tensor, known: Tensor) -> Tensor:
-    """Mean over the known frames of the IoU of masks and truth, each [B, T, h, w, 1] in [0, 1]; ``known`` is 0 or 1.
-
-    Two empty masks agree.
-    """
-    masks, truth = masks > 0.5, truth > 0.5
-    both, either = (masks & truth).flatten(2).sum(-1), (masks | truth).flatten(2).sum(-1)  # [B, T]
-    iou = torch.where(either > 0, both / either.clamp(min=1), 1.0)
-    return iou[known.flatten(2).any(-1)].mean()

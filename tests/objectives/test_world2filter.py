@@ -5,7 +5,6 @@ import torch
 from torch.nn import functional as F
 from torchrl.data import Binary
 
-from dreamer.agents.masking import mean_iou
 from objectives.segmentation_dreamer import masked_error, selective_weight
 from tests.helpers import IMAGE, gradient_size, make_batch, make_env_spec, make_small_agent
 
@@ -362,9 +361,15 @@ class TestTakeApart:
         torch.testing.assert_close(model.decode_pixels(feature), torch.full((2, *IMAGE), 0.5))
 
 
-def test_mean_iou():
-    """Of [1 1 0 0] and [1 0 0 0]: 1/2. Of two empty masks: 1. A frame that is not known does not count."""
-    masks = torch.tensor([[[1.0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]]).view(1, 3, 2, 2, 1)
-    truth = torch.tensor([[[1.0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]]).view(1, 3, 2, 2, 1)
-    known = torch.tensor([1.0, 1.0, 0.0]).view(1, 3, 1, 1, 1)
-    assert mean_iou(masks, truth, known).item() == 0.75
+def test_the_number_beside_the_pictures():
+    """Believed everywhere and labelled on a quarter: 1/4. Frames without a label count for nothing."""
+    agent = make_agent("agent=world2filter")
+    fill_decoder(agent.loss.model.world_model.decoders["pixels"], 0.75)
+    batch = labelled_batch(agent)
+    batch["mask"].zero_()
+    batch["mask"][:, :, :8, :8] = True
+    batch["mask_valid"][:, 2:] = False
+    batch["mask"][:, 2:] = False
+    assert agent.make_media(batch).scalars["segmentation/model_iou"].item() == 0.25
+    batch["mask_valid"].fill_(False)
+    assert agent.make_media(batch).scalars == {}
