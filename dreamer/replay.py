@@ -98,9 +98,8 @@ class SequenceReplay(RecordRings):
         storage_device, self.device = torch.device(storage_device), torch.device(device)
         if storage_device.type == "cuda" and prefetch:
             raise ValueError(f"prefetch={prefetch}: records on a CUDA device are gathered there; use prefetch=0")
-        super().__init__(
-            record, capacity=capacity, num_streams=num_streams, device=storage_device, memmap_dir=memmap_dir
-        )
+        rings = {"capacity": capacity, "num_streams": num_streams, "memmap_dir": memmap_dir}
+        super().__init__(record, device=storage_device, **rings)
         self.batch_size = batch_size
         self.sequence_length = sequence_length
         self._sequence_keys = [key for key in self._layout if key not in self.context_keys]
@@ -163,11 +162,12 @@ class SequenceReplay(RecordRings):
         """Replace some entries of records that are held.
 
         Records that were overwritten meanwhile are left alone; so are, beside writers in other processes, the T oldest
-        ones of a full ring, which may be overwritten during this call.
+        ones of a full ring, which may be overwritten during this call. Where that happens to another all the same,
+        the new record may get values of the old one, but a flag (bool) there ends as false.
 
         Args:
             stream, position: [R] as `newest` gives them; of a record that is named twice, one value stays.
-            values: [R] some keys of the record, in its shape and dtype.
+            values: [R] some keys of the record, in its shape and dtype; a flag that vouches for others comes last.
 
         Returns:
             How many records were written.
@@ -181,6 +181,10 @@ class SequenceReplay(RecordRings):
         held = np.flatnonzero((position >= oldest[stream]) & (position < written[stream]))
         for key in keys:
             self._put(key, self._rows(stream[held], position[held]), values.get(key), held)
+            late = held[position[held] < self._oldest()[stream[held]]]
+            if len(late) and (flag := values.get(key)).dtype == torch.bool:
+                self._put(key, self._rows(stream[late], position[late]), torch.zeros_like(flag), late)
+            held = np.setdiff1d(held, late)
         return len(held)
 
     def newest(self, limit: int, keys: Sequence[NestedKey], *, unset: NestedKey) -> TensorDict:
@@ -255,8 +259,8 @@ class SequenceReplay(RecordRings):
         That takes `len(self) * self.record_bytes` bytes and a few hundred more. Memory-mapped files of a `memmap_dir`
         stay where they are and are copied like any other records. Everything is on the disk at return.
 
-        Called `dump` so that `torchrl.checkpoint.Checkpoint` takes this object as it is. Other processes may
-        go on writing. Batches prepared ahead are not kept.
+        Called `dump` so that `torchrl.checkpoint.Checkpoint` takes this object as it is. Others may go on writing.
+        Batches prepared ahead are not kept.
 
         Raises:
             OSError: the disk is full, or something else failed; an incomplete folder is left.
@@ -394,7 +398,3 @@ class SequenceReplay(RecordRings):
         first = np.argsort(start, kind="stable")[:limit]
         self._next_online += np.bincount(stream[first], minlength=self.num_streams) * length
         return stream[first], start[first]
-
-    def _describe_layout(self) -> dict[str, object]:
-        records = {str(key): f"{list(shape)} {dtype}" for key, (shape, dtype) in self._layout.items()}
-        return {"num_streams": self.num_streams, "ring_length": self.ring_length} | records

@@ -258,6 +258,10 @@ class RecordRings:
         """View a leaf of the storage [S * L, *shape] as bytes [S, L, record bytes]."""
         return leaf.flatten().view(torch.uint8).view(self.num_streams, self.ring_length, -1)
 
+    def _describe_layout(self) -> dict[str, object]:
+        records = {str(key): f"{list(shape)} {dtype}" for key, (shape, dtype) in self._layout.items()}
+        return {"num_streams": self.num_streams, "ring_length": self.ring_length} | records
+
     def _write_files(self, folder: Path, held: np.ndarray) -> None:
         """Write the first `held` [S] slots of every ring, one file of raw bytes per key."""
         for key in self._layout:

@@ -40,6 +40,29 @@ class TestWrite:
         flags = TensorDict({"flag": torch.ones(count, 1, dtype=torch.bool)}, [count])
         assert replay.write(torch.zeros(count).long(), position, flags) == count - first
 
+    @pytest.mark.parametrize("after", ["tag", "flag"])
+    def test_overwritten_during_the_call(self, monkeypatch, after):
+        """What comes in between is new, and its flag says so, whichever of the two was written last."""
+        replay = make_replay(record=make_flagged(), capacity=40, num_streams=1)
+        write_flagged(replay, 0, [False] * 60)
+        replay.share()
+        put = replay._put
+
+        def overwrite_after(key, *arguments):
+            put(key, *arguments)
+            if key == after:
+                monkeypatch.undo()
+                write_flagged(replay, 0, [False] * 30)  # 50..89 are held now
+                put(key, *arguments)  # it was slower than the writer
+                monkeypatch.setattr(replay, "_put", put)
+
+        monkeypatch.setattr(replay, "_put", overwrite_after)
+        count = 12
+        values = make_flagged().expand(count).clone().select("tag", "flag")
+        values["flag"] = ~values["flag"]
+        assert replay.write(torch.zeros(count).long(), torch.arange(42, 42 + count), values) == 4
+        assert not replay.read_new(["flag"])["flag"][4:].any()
+
     def test_bad_values(self):
         replay, one = make_replay(), torch.ones(1).long()
         with pytest.raises(ValueError, match="'mask': expected nothing"):
