@@ -71,11 +71,13 @@ class TrainerProgress:
             "frames": trainer.collected_frames,
             "updates": trainer.update_count,
             "pending_updates": trainer.pending_updates,
+            "further_frames": trainer.further_frames,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.trainer.collected_frames, self.trainer._optim_count = state_dict["frames"], state_dict["updates"]
         self.trainer.pending_updates = state_dict["pending_updates"]
+        self.trainer.further_frames = state_dict["further_frames"]
 
 
 def make_checkpoint(trainer: "Trainer", *, replay: bool) -> Checkpoint:
@@ -175,7 +177,8 @@ class SaveCheckpoint:
             for file, content in self.files.items():
                 (stage / file).write_text(content)
 
-        facts = {"frames": trainer.collected_frames, "updates": trainer.update_count, "replay": replay} | facts
+        counts = {"frames": trainer.collected_frames, "updates": trainer.update_count}
+        facts = {**counts, "busy": trainer.busy(), "replay": replay, **facts}
         return publish(self.folder, name, write, facts, needed=needed)
 
 

@@ -45,15 +45,41 @@ def count_streams(mode: str, num_collectors: int, envs_per_collector: int) -> in
 
 
 def count_records(config: Mapping[str, Any]) -> int:
-    """Records that the replay of a run reserves: no more than the run can fill, but two windows in every ring."""
+    """Records that the replay of a run reserves: no more than the run can fill, but what it cannot do without.
+
+    That is two windows in every ring, and twice what a batch can hold, which is two records for each step of episodes
+    of one step. A ``replay_buffer.size`` of None asks for no more than that.
+    """
     replay, collection = config["replay_buffer"], config["collector"]
     streams = count_streams(*(collection[key] for key in ("mode", "num_collectors", "envs_per_collector")))
-    most = to_steps(collection["total_frames"] + collection["frames_per_batch"], config["env"]["frame_skip"])
-    least = 2 * streams * (replay["sequence_length"] + 1)
-    return min(replay["size"], max(most, least)) // streams * streams
+    frame_skip, batch = config["env"]["frame_skip"], collection["frames_per_batch"]
+    most = to_steps(collection["total_frames"] + batch, frame_skip)
+    least = max(2 * streams * (replay["sequence_length"] + 1), 4 * to_steps(batch, frame_skip))
+    size = least if replay["size"] is None else min(replay["size"], max(most, least))
+    return size // streams * streams
+
+
+def count_windows(replay: Mapping[str, Any]) -> int:
+    """Windows per update, from ``replay_buffer.batch_size`` in the unit that the settings name.
+
+    Raises:
+        ValueError: for an unknown unit, or steps that are no whole number of windows.
+    """
+    unit, size, length = (replay[key] for key in ("batch_unit", "batch_size", "sequence_length"))
+    if unit not in ("windows", "steps"):
+        raise ValueError(f"replay_buffer.batch_unit={unit!r}: choose one of ('windows', 'steps')")
+    if unit == "windows":
+        return size
+    if size < length or size % length:
+        raise ValueError(
+            f"replay_buffer.batch_size={size}: counts steps (replay_buffer.batch_unit=steps), give a multiple of "
+            f"replay_buffer.sequence_length={length}"
+        )
+    return size // length
 
 
 def count_workers(mode: str, num_collectors: int) -> int:
+    """Processes that collect; one with ``sync``."""
     return 1 if mode == "sync" else num_collectors
 
 
@@ -129,13 +155,23 @@ class ActingPolicy:
     Args:
         policy: The learner's policy.
         action_spec: Of one environment, for the random actions.
-        random_steps: Steps with uniformly random actions, per process.
+        random_steps: Steps with random actions, per process.
+        explore: What draws them; None for uniform ones.
         shared: Work on a copy in shared memory on the CPU, for worker processes.
     """
 
-    def __init__(self, policy: nn.Module, action_spec: TensorSpec, *, random_steps: int, shared: bool):
+    def __init__(
+        self,
+        policy: nn.Module,
+        action_spec: TensorSpec,
+        *,
+        random_steps: int,
+        shared: bool,
+        explore: nn.Module | None = None,
+    ):
         self.policy = copy.deepcopy(policy).cpu().requires_grad_(False).share_memory() if shared else policy
         self.action_spec, self.random_steps = action_spec, random_steps
+        self.explore = copy.deepcopy(explore).cpu() if shared and explore is not None else explore
         self.clock = torch.zeros(2, dtype=torch.float64).share_memory_()  # [2] seconds and steps, over all workers
 
     def __call__(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -143,7 +179,10 @@ class ActingPolicy:
         tensordict = self.policy(tensordict)
         if self.random_steps > 0:
             self.random_steps -= tensordict.numel()
-            tensordict["action"] = self.action_spec.rand(tensordict.batch_size)
+            if self.explore is not None:
+                tensordict = self.explore(tensordict)
+            else:
+                tensordict["action"] = self.action_spec.rand(tensordict.batch_size)
         self.clock += torch.tensor([time.perf_counter() - start, tensordict.numel()], dtype=torch.float64)
         return tensordict
 
@@ -183,6 +222,7 @@ def make_collector(
     init_random_frames: int,
     seed: int,
     guard: FiniteGuard | None = None,
+    explore: nn.Module | None = None,
 ) -> BaseCollector:
     """Build the collector of a run.
 
@@ -199,9 +239,10 @@ def make_collector(
         num_collectors: Worker processes; not used by "sync".
         envs_per_collector: Environments of each worker, stepped one after the other with one call of the policy.
         frames_per_batch: Frames per batch, over all workers.
-        init_random_frames: Frames collected with uniformly random actions at the start.
+        init_random_frames: Frames collected with random actions at the start.
         seed: Seed of the run.
         guard: See :class:`EnvFactory`.
+        explore: See :class:`ActingPolicy`.
 
     Raises:
         ValueError: for an unknown mode, or counts that do not fit together.
@@ -210,18 +251,13 @@ def make_collector(
         raise ValueError(f"collector.mode={mode!r}: choose one of {MODES}")
     workers = count_workers(mode, num_collectors)
     steps_per_batch = divide_batch(frames_per_batch, workers * envs_per_collector, frame_skip)
+    firsts = range(0, workers * envs_per_collector, envs_per_collector)  # first stream of each worker
     factories = [
-        EnvFactory(
-            env, range(i * envs_per_collector, (i + 1) * envs_per_collector), seed, primers, mode != "sync", guard
-        )
-        for i in range(workers)
+        EnvFactory(env, range(first, first + envs_per_collector), seed, primers, mode != "sync", guard)
+        for first in firsts
     ]
-    acting = ActingPolicy(
-        policy,
-        action_spec,
-        random_steps=to_steps(init_random_frames, frame_skip) // workers,
-        shared=mode != "sync",
-    )
+    random_steps = to_steps(init_random_frames, frame_skip) // workers
+    acting = ActingPolicy(policy, action_spec, random_steps=random_steps, shared=mode != "sync", explore=explore)
     common = {
         "total_frames": -1,  # the trainer knows when to stop
         "trust_policy": True,

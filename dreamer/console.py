@@ -16,7 +16,7 @@ class Console:
     that breaks, as when a session is hung up, is given up; the run goes on.
 
     Args:
-        total_frames: Budget of the run.
+        total_frames: Budget of the run; 0 for one that collects none.
         stream: Where to. Default: standard output.
     """
 
@@ -64,16 +64,20 @@ class Console:
 def console_line(metrics: Mapping[str, float], frames: int, total_frames: int, width: int | None = None) -> str:
     """One line for a person, the most important first; what does not fit into ``width`` columns is left out.
 
-    Frames, share of the budget, time left, return, evaluation, speed, and where the time goes.
+    Frames, share of the budget, time left, return, evaluation, speed, and where the time goes. Without a budget of
+    frames it begins with the updates.
     """
-    parts = [
-        f"frames {frames:,}/{total_frames:,} ({min(100 * frames // max(total_frames, 1), 100)}%)",
-        f"left {duration(metrics.get('trainer/eta_seconds'))}",
-    ]
+    if total_frames:
+        share = min(100 * frames // total_frames, 100)
+        left = duration(metrics.get("trainer/eta_seconds"))
+        parts = [f"frames {frames:,}/{total_frames:,} ({share}%)", f"left {left}"]
+    else:
+        parts = [f"updates {metrics.get('trainer/updates', 0):,.0f}"]
     for label, name in (("return", "episode/return"), ("eval", "eval/return_mean")):
         if name in metrics:
             parts.append(f"{label} {metrics[name]:.1f}")
-    parts.append(f"fps {metrics.get('collector/fps', 0.0):.1f}")
+    if total_frames:
+        parts.append(f"fps {metrics.get('collector/fps', 0.0):.1f}")
     parts.append(f"updates {metrics['trainer/updates_per_second']:.2f}/s")
     shares = {name.removeprefix("time/"): share for name, share in metrics.items() if name.startswith("time/")}
     if shares:

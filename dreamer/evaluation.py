@@ -10,7 +10,7 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-EVALUATION = 2  # tag in derived seeds: the environments of an evaluation have seeds of their own
+EVALUATION = 1 << 30  # tag in derived seeds, beyond all numbers of streams: no episode of a training is one of these
 EXPLORATION = {False: ExplorationType.RANDOM, True: ExplorationType.DETERMINISTIC}
 
 
@@ -55,7 +55,7 @@ def run_episodes(
         episodes: Number of episodes.
         device: Of the policy; the environment stays where it is.
         stop: Asked before every step.
-        record: Key of the images to keep, uint8 [h, w, 3].
+        record: Key of the images to keep, uint8 [h, w, C].
 
     Raises:
         Interrupted: as soon as ``stop()`` is true.
@@ -82,7 +82,7 @@ def run_episodes(
             alive &= ~arrived["next", "done"]
         result.returns.extend(total.flatten().tolist())
         result.lengths.extend(steps.flatten().tolist())
-    film = torch.stack(frames) if frames else None  # [T, h, w, 3]
+    film = to_rgb(torch.stack(frames)) if frames else None  # [T, h, w, 3]
     return Episodes(result.returns[:episodes], result.lengths[:episodes], result.seeds[:episodes], film)
 
 
@@ -110,8 +110,18 @@ def run_seeded_episodes(
 
 
 def first_row(env: EnvBase, images: Tensor) -> Tensor:
-    """A copy of the image [h, w, 3] of the first environment."""
+    """A copy of the image [h, w, C] of the first environment."""
     return images.flatten(0, env.batch_dims - 1)[0].clone() if env.batch_dims else images.clone()
+
+
+def to_rgb(images: Tensor) -> Tensor:
+    """What a person sees of images [..., h, w, C]: the newest one of a stack, [..., h, w, 3].
+
+    Stacks whose C is a multiple of 3 are taken for colours.
+    """
+    channels = images.shape[-1]
+    newest = images[..., -3:] if channels % 3 == 0 else images[..., -1:]
+    return newest.expand(*images.shape[:-1], 3)
 
 
 def episode_seeds(env: EnvBase, rows: int) -> list[tuple[int, int] | None]:

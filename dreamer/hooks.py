@@ -1,5 +1,6 @@
 """The hooks named in the table of :mod:`dreamer.trainer`. Each is called at one stage and does one thing."""
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -205,13 +206,22 @@ class Evaluate:
         """Evaluate the policy now."""
         episodes = self._run_episodes(self.policy, self.episodes)
         mean = float(np.mean(episodes.returns))
-        if self.best is None or mean > self.best[1]:
+        if math.isfinite(mean) and (self.best is None or mean > self.best[1]):
             self.best = (self.trainer.collected_frames, mean)
         return {
             "eval/return_mean": mean,
             "eval/return_std": float(np.std(episodes.returns)),
             "eval/length_mean": float(np.mean(episodes.lengths)) * self.trainer.frame_skip,
         }
+
+    def now(self) -> dict[str, float] | None:
+        """Evaluate now and write a line of metrics; None if the run is to stop meanwhile."""
+        try:
+            metrics = self.run()
+        except Interrupted:
+            return None
+        self.trainer.log_now(metrics)
+        return metrics
 
     def finish(self) -> None:
         """Evaluate a last time, and random actions for comparison."""

@@ -46,6 +46,10 @@ class RunLogger:
     the run. Offline, it then has several folders of one id; ``wandb sync <run_dir>/wandb/offline-run-*`` puts them
     together in the order of their start (older releases need ``--append``).
 
+    What is logged belongs to a number of frames. Where an agent learns while frames stand still, ``step`` tells its
+    entries apart: it is then the place in TensorBoard and Weights & Biases and in the names of pictures and videos,
+    and lines hold it beside the frames.
+
     Args:
         run_dir: Run folder; everything is written below it.
         backends: Which of "tensorboard", "wandb" to use beside the files.
@@ -80,43 +84,45 @@ class RunLogger:
         self.histograms = JsonLines(self.run_dir / "histograms.jsonl", self._report_disk)
         self.incidents = JsonLines(self.run_dir / "incidents.jsonl", warnings.warn)
         self.start, self.frames = time.monotonic(), 0  # of the run, also before a resume; of the newest entry
+        self.step = 0  # of the newest entry
         self.purge_step: int | None = None
         self.saved: dict[str, Any] = {}
         self.wandb_id = ""
         self.pending = list(backends)
         self.loggers: dict[str, Logger] = {}
 
-    def log(self, metrics: Mapping[str, float], frames: int) -> None:
+    def log(self, metrics: Mapping[str, float], frames: int, step: int | None = None) -> None:
         """Write one line of scalars, measured at ``frames`` environment frames. NaN and infinity become null."""
-        self.metrics.write({"frames": frames, "seconds": round(time.monotonic() - self.start, 3), **metrics})
-        self._pass_on(frames, lambda _, logger: logger.log_metrics(dict(metrics), step=frames))
+        seconds = round(time.monotonic() - self.start, 3)
+        self.metrics.write({**_place(frames, step), "seconds": seconds, **metrics})
+        self._pass_on(frames, step, lambda _, logger, at: logger.log_metrics(dict(metrics), step=at))
 
-    def log_image(self, name: str, image: Tensor, frames: int) -> None:
-        """Write a uint8 ``image`` [h, w, 3], seen at ``frames``, as ``images/<name>_<frames>.png``."""
-        path = self._write_media("images", name, frames, "png", encode_image(image))
+    def log_image(self, name: str, image: Tensor, frames: int, step: int | None = None) -> None:
+        """Write a uint8 ``image`` [h, w, 3], seen at ``frames``, as ``images/<name>_<step>.png``."""
+        path = self._write_media("images", name, frames if step is None else step, "png", encode_image(image))
         if path is not None:
-            self._pass_on(frames, lambda backend, logger: _show(backend, logger, name, path, image, frames))
+            self._pass_on(frames, step, lambda backend, logger, at: _show(backend, logger, name, path, image, at))
 
-    def log_video(self, name: str, video: Tensor, frames: int) -> None:
-        """Write a uint8 ``video`` [T, h, w, 3], seen at ``frames``, as ``videos/<name>_<frames>.mp4``.
+    def log_video(self, name: str, video: Tensor, frames: int, step: int | None = None) -> None:
+        """Write a uint8 ``video`` [T, h, w, 3], seen at ``frames``, as ``videos/<name>_<step>.mp4``.
 
         TensorBoard gets the last image as a picture, because it shows no mp4.
         """
-        path = self._write_media("videos", name, frames, "mp4", encode_video(video, self.video_fps))
+        content = encode_video(video, self.video_fps)
+        path = self._write_media("videos", name, frames if step is None else step, "mp4", content)
         if path is not None:
-            self._pass_on(frames, lambda backend, logger: _show(backend, logger, name, path, video[-1], frames))
+            self._pass_on(frames, step, lambda backend, logger, at: _show(backend, logger, name, path, video[-1], at))
 
-    def log_histogram(self, name: str, values: Tensor, frames: int) -> None:
+    def log_histogram(self, name: str, values: Tensor, frames: int, step: int | None = None) -> None:
         """Write how often ``values`` [N] fall into at most 64 bins of equal width. NaN and infinity are left out."""
         numbers = values.detach().flatten().double().cpu().numpy()
         numbers = numbers[np.isfinite(numbers)]
         if numbers.size:
             counts, edges = np.histogram(numbers, bins=min(HISTOGRAM_BINS, numbers.size))
-            line = {"frames": frames, "name": name, "edges": edges.tolist(), "counts": counts.tolist()}
-            self.histograms.write(line)
-            self._pass_on(
-                frames, lambda backend, logger: _show_histogram(backend, logger, name, numbers, counts, edges, frames)
-            )
+            line = {"name": name, "edges": edges.tolist(), "counts": counts.tolist()}
+            self.histograms.write({**_place(frames, step), **line})
+            shown = (name, numbers, counts, edges)
+            self._pass_on(frames, step, lambda backend, logger, at: _show_histogram(backend, logger, *shown, at))
 
     def incident(self, kind: str, message: str, *, frames: int, **facts: Any) -> None:
         """Write down, and say, what happened to the run at ``frames``: a restart of a worker, a lost update, a signal.
@@ -143,6 +149,7 @@ class RunLogger:
             "metrics_bytes": self.metrics.size,
             "histograms_bytes": self.histograms.size,
             "frames": self.frames,
+            "step": self.step,
             "seconds": time.monotonic() - self.start,
             "wandb_id": self.wandb_id,
         }
@@ -165,7 +172,8 @@ class RunLogger:
                 file.write(lost)
         self.histograms.cut(state_dict["histograms_bytes"])
         self.start, self.frames = time.monotonic() - state_dict["seconds"], state_dict["frames"]
-        self.purge_step = self.frames + 1
+        self.step = state_dict.get("step", self.frames)
+        self.purge_step = self.step + 1
         self.wandb_id = state_dict["wandb_id"] if same_folder else ""
 
     def start_over(self) -> None:
@@ -205,14 +213,15 @@ class RunLogger:
         self.wandb_id = logger.experiment.id
         return logger
 
-    def _pass_on(self, frames: int, act: Callable[[str, Any], None]) -> None:
-        """Let every backend ``act``; those that wait for their start are made first."""
-        self.frames = max(self.frames, frames)
+    def _pass_on(self, frames: int, step: int | None, act: Callable[[str, Any, int], None]) -> None:
+        """Let every backend ``act`` at its place; those that wait for their start are made first."""
+        at = frames if step is None else step
+        self.frames, self.step = max(self.frames, frames), max(self.step, at)
         while self.pending:
             self._guard(self.pending[0], lambda: self.loggers.update({self.pending[0]: self._make(self.pending[0])}))
             self.pending.pop(0)
         for name, logger in list(self.loggers.items()):
-            self._guard(name, act, name, logger)
+            self._guard(name, act, name, logger, at)
 
     def _guard(self, name: str, action: Callable[..., None], *args: Any) -> None:
         try:
@@ -223,8 +232,8 @@ class RunLogger:
             self._record("logger", message, self.frames, {})
             warnings.warn(message, stacklevel=4)
 
-    def _write_media(self, folder: str, name: str, frames: int, suffix: str, content: bytes) -> Path | None:
-        path = self.run_dir / folder / f"{name.replace('/', '_')}_{frames:09d}.{suffix}"
+    def _write_media(self, folder: str, name: str, step: int, suffix: str, content: bytes) -> Path | None:
+        path = self.run_dir / folder / f"{name.replace('/', '_')}_{step:09d}.{suffix}"
         try:
             path.parent.mkdir(exist_ok=True)
             write_whole(path, content)
@@ -255,25 +264,29 @@ def has_wandb_key() -> bool:
         return False
 
 
-def _show(backend: str, logger: Any, name: str, path: Path, image: Tensor, frames: int) -> None:
+def _place(frames: int, step: int | None) -> dict[str, int]:
+    return {"frames": frames} if step in (None, frames) else {"frames": frames, "step": step}
+
+
+def _show(backend: str, logger: Any, name: str, path: Path, image: Tensor, step: int) -> None:
     if backend == "tensorboard":
-        logger.experiment.add_image(name, image.cpu().numpy(), global_step=frames, dataformats="HWC")
+        logger.experiment.add_image(name, image.cpu().numpy(), global_step=step, dataformats="HWC")
     else:
         import wandb
 
         media = wandb.Image(str(path)) if path.suffix == ".png" else wandb.Video(str(path), format="mp4")
-        logger.log_metrics({name: media}, step=frames)
+        logger.log_metrics({name: media}, step=step)
 
 
 def _show_histogram(
-    backend: str, logger: Any, name: str, values: np.ndarray, counts: np.ndarray, edges: np.ndarray, frames: int
+    backend: str, logger: Any, name: str, values: np.ndarray, counts: np.ndarray, edges: np.ndarray, step: int
 ) -> None:
     if backend == "tensorboard":
-        logger.experiment.add_histogram(name, values, global_step=frames, bins=edges)
+        logger.experiment.add_histogram(name, values, global_step=step, bins=edges)
     else:
         import wandb
 
-        logger.log_metrics({name: wandb.Histogram(np_histogram=(counts, edges))}, step=frames)
+        logger.log_metrics({name: wandb.Histogram(np_histogram=(counts, edges))}, step=step)
 
 
 def write_video(path: Path, frames: Tensor, fps: int) -> None:

@@ -24,13 +24,16 @@ class Meter:
     Args:
         interval: Frames between two lines.
         seconds: Seconds between two lines; whichever comes first.
-        total_frames, train_ratio: Budget of the run and intended train ratio, for the time left.
+        total_frames: Budget of the run, for the time left.
+        train_ratio: Intended train ratio, for the time left; None if the agent itself decides how much it learns.
         frames_per_update: Replayed frames of one update.
     """
 
-    def __init__(self, interval: int, seconds: float, *, total_frames: int, train_ratio: float, frames_per_update: int):
+    def __init__(
+        self, interval: int, seconds: float, *, total_frames: int, train_ratio: float | None, frames_per_update: int
+    ):
         self.interval, self.seconds, self.frames_per_update = interval, seconds, frames_per_update
-        self.total_frames, self.updates_per_frame = total_frames, train_ratio / frames_per_update
+        self.total_frames, self.train_ratio = total_frames, train_ratio
         self.sums: dict[str, list] = {}  # name -> [sum, count]
         self.timers: dict[str, Timer] = {}
         self.running: list[list] = []  # [timer, since when, seconds that belong to timers inside], outermost first
@@ -38,9 +41,10 @@ class Meter:
         self.learning_since: Progress | None = None
 
     def add(self, metrics: Mapping[str, Any]) -> None:
-        """Add one observation of each metric."""
+        """Add one observation of each metric. A whole number counts something: of those the last one stands."""
         for name, value in metrics.items():
-            entry = self.sums.setdefault(name, [0.0, 0])
+            whole = not value.is_floating_point() if isinstance(value, Tensor) else isinstance(value, int)
+            entry = self.sums[name] = [0.0, 0] if whole else self.sums.get(name, [0.0, 0])
             entry[0] = entry[0] + (value.detach() if isinstance(value, Tensor) else value)
             entry[1] += 1
 
@@ -76,13 +80,7 @@ class Meter:
         }
         if frames > last.frames:  # else the collector waits for the learner, and the last figure holds
             metrics["collector/fps"] = (frames - last.frames) / elapsed
-        metrics["trainer/train_ratio"] = 0.0
-        if self.learning_since is not None:
-            since = self.learning_since
-            replayed = (updates - since.updates) * self.frames_per_update
-            metrics["trainer/train_ratio"] = replayed / max(frames - since.frames, 1)
-            metrics["trainer/eta_seconds"] = self._time_left(now, since)
-        metrics |= self._shares(now.time, elapsed)
+        metrics |= self._pace(now) | self._shares(now.time, elapsed)
         metrics |= {name: total / count for name, (total, count) in self._read_sums().items()}
         self.sums, self.last = {}, now
         return metrics
@@ -131,12 +129,26 @@ class Meter:
             timer.seconds += now - start - within - inside
             inside, entry[1], entry[2] = now - start, now, 0.0
 
-    def _time_left(self, now: Progress, since: Progress) -> float:
-        """Seconds, from the pace since learning began, of frames or of updates, whichever lags behind."""
-        total_updates = since.updates + (self.total_frames - since.frames) * self.updates_per_frame
-        paces = ((self.total_frames, now.frames, since.frames), (total_updates, now.updates, since.updates))
-        remaining = [(total - count) / (count - start) for total, count, start in paces if count > start]
-        return (now.time - since.time) * max([0.0, *remaining])
+    def _pace(self, now: Progress) -> dict[str, float]:
+        """Train ratio and seconds left, from the pace since learning began; the slower of frames and updates counts.
+
+        An agent that decides itself how much it learns has no train ratio, and its time left is that of the frames;
+        what it does when all frames were collected takes a time that nobody knows.
+        """
+        since, paced = self.learning_since, self.train_ratio is not None
+        if since is None:
+            return {"trainer/train_ratio": 0.0} if paced else {}
+        paces, metrics = [(self.total_frames, now.frames, since.frames)], {}
+        if paced:
+            updates_per_frame = self.train_ratio / self.frames_per_update
+            due = since.updates + (self.total_frames - since.frames) * updates_per_frame
+            paces.append((due, now.updates, since.updates))
+            replayed = (now.updates - since.updates) * self.frames_per_update
+            metrics["trainer/train_ratio"] = replayed / max(now.frames - since.frames, 1)
+        if paced or now.frames < self.total_frames:
+            remaining = [(total - count) / (count - start) for total, count, start in paces if count > start]
+            metrics["trainer/eta_seconds"] = (now.time - since.time) * max([0.0, *remaining])
+        return metrics
 
 
 class Timer:

@@ -55,8 +55,7 @@ def choose_run_dir(config: Mapping[str, Any]) -> Path:
         if config["run_dir"]:
             return Path(config["run_dir"])
         latest = latest_run_dir(config)
-        finished = latest is None or count_saved_frames(latest) >= config["collector"]["total_frames"]
-        return new_run_dir(config) if finished else latest
+        return new_run_dir(config) if latest is None or is_finished(latest, config) else latest
     path = Path(resume)
     if (path / MANIFEST).exists():
         run_dir = path.resolve().parents[1]
@@ -73,12 +72,13 @@ def choose_run_dir(config: Mapping[str, Any]) -> Path:
     return path
 
 
-def count_saved_frames(run_dir: Path) -> int:
-    """Frames of the newest checkpoint of a run; 0 if it has none that can be read."""
+def is_finished(run_dir: Path, config: Mapping[str, Any]) -> bool:
+    """Whether the newest checkpoint says that the budget of frames is used and nothing is left to be learned."""
     for path in list_checkpoints(run_dir / "checkpoints")[-1:]:
         with suppress(Damaged):
-            return read_manifest(path)["frames"]
-    return 0
+            manifest = read_manifest(path)
+            return manifest["frames"] >= config["collector"]["total_frames"] and not manifest["busy"]
+    return False
 
 
 def choose_start(
@@ -130,7 +130,7 @@ def apply_overrides(
     overrides: Sequence[str],
     compose: Callable[[Sequence[str]], dict[str, Any]],
 ) -> dict[str, Any]:
-    """The saved configuration with what the command line says explicitly, groups as a whole.
+    """The saved configuration with what the command line says explicitly, groups as a whole, but not the same agent.
 
     Values that were left out of the file because they are secret are taken from ``composed``.
     """
@@ -143,6 +143,8 @@ def apply_overrides(
         key = override.key_or_group
         if key in OF_THIS_START or key.startswith("hydra"):
             continue
+        if key == "agent" and override.value() == saved["agent"]["name"]:
+            continue  # the group is only named to make its settings known
         if key == "experiment":
             rest = [text for text in overrides if not text.lstrip("+").startswith("experiment=")]
             for name, value in differing(compose(rest), composed).items():

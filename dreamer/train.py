@@ -38,6 +38,7 @@ from dreamer.collection import (
     EnvFactory,
     count_records,
     count_streams,
+    count_windows,
     derive_seed,
     make_collector,
     seed_everything,
@@ -123,6 +124,7 @@ def build(start: Start) -> Trainer:
         optimization=config["optimization"],
         **without(config["agent"], "name"),
     )
+    check_schedule(config, agent)
     further_hooks = agent.make_hooks() if agent.make_hooks else ()
     replay = make_replay(config, agent, device)
     guard = FiniteGuard(config["nan_policy"])
@@ -142,7 +144,13 @@ def build(start: Start) -> Trainer:
         replay=replay,
         logger=RunLogger(run_dir, config=redact(config), **{key: log[key] for key in LOGGER}),
         run_dir=run_dir,
-        make_eval_env=EnvFactory(eval_env, range(num_envs), derive_seed(seed, EVALUATION), agent.primers),
+        make_eval_env=EnvFactory(
+            eval_env,
+            range(num_envs),
+            derive_seed(seed, EVALUATION),
+            agent.primers,
+            guard=FiniteGuard(config["nan_policy"]),
+        ),
         total_frames=collection["total_frames"],
         frame_skip=env["frame_skip"],
         init_random_frames=collection["init_random_frames"],
@@ -194,6 +202,7 @@ def collector_factory(
             action_spec=env_spec.action,
             primers=agent.primers,
             to_records=agent.to_records,
+            explore=agent.explore,
             replay=replay,
             frame_skip=env["frame_skip"],
             init_random_frames=max(collection["init_random_frames"] - frames, 0),
@@ -251,9 +260,11 @@ def make_replay(config: dict[str, Any], agent: Agent, device: torch.device) -> S
         agent.record,
         capacity=count_records(config),
         num_streams=count_streams(*(collection[key] for key in ("mode", "num_collectors", "envs_per_collector"))),
+        context_keys=agent.context_keys,
         device=device,
         seed=derive_seed(config["seed"]),
-        **without(config["replay_buffer"], "size"),
+        batch_size=count_windows(config["replay_buffer"]),
+        **without(config["replay_buffer"], "size", "batch_size", "batch_unit"),
     )
 
 
@@ -271,6 +282,8 @@ def check(config: dict[str, Any]) -> None:
     for name in POSITIVE:
         group, _, key = name.rpartition(".")
         value = (config[group] if group else config)[key]
+        if name == "replay_buffer.size" and value is None:
+            continue
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise ValueError(f"{name}={value!r}: give a number above 0")
     if config["replay_buffer"]["sequence_length"] < 2:
@@ -281,6 +294,31 @@ def check(config: dict[str, Any]) -> None:
         raise ValueError(
             "optimization.cudagraph=true: give replay_buffer.prefetch=0 as well, because a graph cannot be captured "
             "while another thread copies to the GPU"
+        )
+
+
+def check_schedule(config: dict[str, Any], agent: Agent) -> None:
+    """Refuse settings that do not go together with when the agent learns, and from what.
+
+    Raises:
+        ValueError: naming the key, the value and what to give instead.
+    """
+    if agent.make_schedule is None and config["replay_buffer"]["size"] is None:
+        raise ValueError("replay_buffer.size=null: this agent learns from what is replayed; give the records to keep")
+    collection = config["collector"]
+    random_frames = collection["init_random_frames"]
+    if agent.make_schedule is not None and agent.explore is None and random_frames > 0:
+        raise ValueError(
+            f"collector.init_random_frames={random_frames}: this agent learns from actions of its own; give 0"
+        )
+    if agent.make_schedule is not None and agent.explore is not None and random_frames < collection["total_frames"]:
+        raise ValueError(
+            f"collector.init_random_frames={random_frames}: this agent knows when to act at random; leave it out"
+        )
+    if agent.make_schedule is not None and collection["mode"] == "multi_async":
+        raise ValueError(
+            "collector.mode=multi_async: this agent learns from each batch as it comes; give collector=sync or "
+            "collector=multi_sync"
         )
 
 

@@ -1,6 +1,6 @@
 """The training loop: TorchRL's ``Trainer`` and its stages, paced by a train ratio, and the one table of hooks."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torchrl.trainers.trainers import TrainerHookBase
 
 from dreamer.agents import Agent
 from dreamer.checkpoints import SaveCheckpoint, load_checkpoint
-from dreamer.collection import CollectorState, to_steps
+from dreamer.collection import CollectorState, EnvFactory, to_steps
 from dreamer.console import Console
 from dreamer.evaluation import Interrupted
 from dreamer.hooks import (
@@ -32,6 +32,7 @@ from dreamer.meter import Meter
 from dreamer.nonfinite import MOST_IN_A_ROW, NonFiniteError, dump_batch
 from dreamer.replay import SequenceReplay
 from dreamer.turns import Turns
+from envs.transforms import FiniteGuard
 
 
 def make_trainer(
@@ -83,17 +84,21 @@ def make_trainer(
         **loop,
     )
     start = max(to_steps(init_random_frames, frame_skip), replay.batch_size * replay.sequence_length)
+    replayed = agent.make_schedule is None
     evaluate = Evaluate(trainer, make_eval_env, agent.policy, seed=seed, **evaluation)
     save = SaveCheckpoint(trainer, run_dir / "checkpoints", best=lambda: evaluate.best, **checkpoint)
-    trainer.save_checkpoint = save.save
+    show = LogMedia(trainer, agent.make_media, **media)
+    guard = FiniteGuard(loop["nan_policy"])
+    trainer.make_envs = lambda rows, seed: EnvFactory(env, range(rows), seed, agent.primers, guard=guard)()
+    trainer.save_checkpoint, trainer.evaluate, trainer.log_media = save.save, evaluate.now, show.show
     hooks = [
         ("batch_process", None if trainer.free_running else agent.to_records),
         ("batch_process", None if trainer.free_running else ExtendReplay(replay)),
         ("pre_steps_log", EpisodeStats(replay, frame_skip)),
-        ("pre_optim_steps", UpdateRatio(trainer, train_ratio=train_ratio, start_steps=start)),
-        ("process_optim_batch", SampleReplay(replay)),
-        ("post_optim_log", WriteBackContext(replay)),
-        ("post_optim_log", agent.make_media and LogMedia(trainer, agent.make_media, **media)),
+        ("pre_optim_steps", UpdateRatio(trainer, train_ratio=train_ratio, start_steps=start) if replayed else None),
+        ("process_optim_batch", SampleReplay(replay) if replayed else None),
+        ("post_optim_log", WriteBackContext(replay) if replayed and agent.context_keys else None),
+        ("post_optim_log", show if agent.make_media else None),
         ("post_steps", SyncPolicy(trainer, agent.policy, sync_interval)),
         ("post_steps_log", evaluate),
         ("post_steps_log", save),
@@ -101,7 +106,7 @@ def make_trainer(
         ("shutdown", save.save),
     ]
     plug_in(trainer, hooks, stateful=[logger, trainer.meter, CollectorState(trainer, env)])
-    for hook in further_hooks:
+    for hook in (*further_hooks, *([] if trainer.schedule is None else [trainer.schedule])):
         hook.register(trainer)
     return trainer
 
@@ -127,7 +132,7 @@ class Trainer(torchrl.trainers.Trainer):
         collector: Where data come from. A ``MultiAsyncCollector`` runs freely and writes into the replay itself.
         make_collector: Frames so far -> another such collector, in place of one whose workers failed.
         replay_buffer: The replay.
-        agent: Its ``loss`` and ``stepper`` are used here.
+        agent: Its ``loss``, ``stepper`` and schedule are used here.
         logger: Where metrics go.
         run_dir: Run folder, for the batches of bad updates.
         total_frames: Budget, in frames.
@@ -176,8 +181,10 @@ class Trainer(torchrl.trainers.Trainer):
         )
         self.collected_frames = self._optim_count = 0  # the base keeps them on the class, for all its instances
         self.policy, self.run_dir, self.nan_policy = agent.policy, run_dir, nan_policy
+        self.schedule = agent.make_schedule() if agent.make_schedule else None
         self.turns = Turns(self, make_collector, timeout=worker_timeout, restarts=worker_restarts)
         self.frames_before_replay = 0  # collected before the records that the replay holds
+        self.further_frames = 0  # simulated outside the collector for learning, as for the fitness of a population
         self.pending_updates = 0  # owed for the present batch
         self.skipped_updates = self.skipped_in_a_row = 0
         self.told_nonfinite_steps = 0
@@ -188,7 +195,7 @@ class Trainer(torchrl.trainers.Trainer):
             log_interval,
             log_seconds,
             total_frames=total_frames,
-            train_ratio=train_ratio,
+            train_ratio=train_ratio if self.schedule is None else None,
             frames_per_update=replay_buffer.batch_size * replay_buffer.sequence_length * frame_skip,
         )
 
@@ -223,11 +230,22 @@ class Trainer(torchrl.trainers.Trainer):
         manifest = load_checkpoint(self, checkpoint)
         if not manifest["replay"]:
             self.frames_before_replay = self.collected_frames
-            self._modules["UpdateRatio"].restart()
+            if self.schedule is None:
+                self._modules["UpdateRatio"].restart()
         if not self._modules["CollectorState"].restored:
             self.cut_episodes()
         self.collector.policy.update(self.policy)
         self.logger.rewind()
+
+    def busy(self) -> bool:
+        """Whether there is something to learn without new steps."""
+        return self.pending_updates > 0 or (self.schedule is not None and self.schedule.busy())
+
+    @property
+    def log_step(self) -> int:
+        """Where a line or a picture belongs: at its frame; an agent that learns while frames stand still counts on."""
+        standing = getattr(self.schedule, "frames_stand_still", False)
+        return self.collected_frames + (self.update_count if standing else 0)
 
     def cut_episodes(self) -> None:
         """Let the records say that the episodes under way end here, because new ones begin."""
@@ -243,7 +261,10 @@ class Trainer(torchrl.trainers.Trainer):
         self._pre_epoch_log_hook(batch)
         processed = self._pre_epoch_hook(batch)
         while self.pending_updates and not self.should_stop():
-            losses = self._update(processed)
+            try:
+                losses = self._update(processed)
+            except Interrupted:  # it is made again later
+                break
             self.pending_updates -= 1
             self.turns.check_workers()
             self._write_log()
@@ -257,7 +278,7 @@ class Trainer(torchrl.trainers.Trainer):
         if self.pending_updates:  # interrupted between the updates of a batch
             self._learn(None)
         if not self._ended():
-            for batch in self.turns:
+            for batch in self._batches():
                 self._pre_steps_log_hook(batch)
                 self._learn(batch)
                 if self._ended():
@@ -271,8 +292,17 @@ class Trainer(torchrl.trainers.Trainer):
         path = self.save_checkpoint()
         self.incident("signal", f"{self._stop_reason}: saved {path.name}, resume=auto goes on from there")
 
+    def _batches(self) -> Iterator[TensorDictBase | None]:
+        """What each turn brings; nothing new while the agent is busy with what there is."""
+        while self.busy():
+            yield None
+        for batch in self.turns:
+            yield batch
+            while self.busy():
+                yield None
+
     def _ended(self) -> bool:
-        return self.should_stop() or self.collected_frames >= self.total_frames
+        return self.should_stop() or (self.collected_frames >= self.total_frames and not self.busy())
 
     def _learn(self, batch: TensorDictBase | None) -> None:
         self.optim_steps(batch)
@@ -332,7 +362,11 @@ class Trainer(torchrl.trainers.Trainer):
 
     def log_now(self, metrics: Mapping[str, float]) -> None:
         """Write ``metrics`` as a line of their own."""
-        self.logger.log(metrics, self.collected_frames)
+        self.logger.log(metrics, self.collected_frames, self.log_step)
+
+    def flush_log(self) -> None:
+        """Write a line now, if anything was measured since the last one."""
+        self._write_log(force=True)
 
     def _log(self, log_pbar: bool = False, **metrics: Any) -> None:
         self.meter.add(metrics)
@@ -343,8 +377,9 @@ class Trainer(torchrl.trainers.Trainer):
             metrics = self.meter.read(frames=self.collected_frames, updates=self.update_count)
             metrics |= self.turns.facts()
             metrics["trainer/memory_gb"] = psutil.Process().memory_info().rss / 1e9
+            metrics["trainer/env_frames"] = float(self.collected_frames + self.further_frames)
             metrics["trainer/skipped_updates"] = float(self.skipped_updates)
             metrics["collector/nonfinite_steps"] = float(self.nonfinite_steps)
             self._tell_nonfinite_steps()
-            self.logger.log(metrics, self.collected_frames)
+            self.logger.log(metrics, self.collected_frames, self.log_step)
             self.console.show(metrics, self.collected_frames)

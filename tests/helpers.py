@@ -1,6 +1,6 @@
 """Small agents, batches and runs for the tests of the networks, the losses and the program."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from functools import lru_cache, partial
 from pathlib import Path
@@ -102,6 +102,8 @@ def make_batch(agent: Agent, batch_size: int = 2, length: int = 4, seed: int = 0
         return torch.randn(size, generator=generator)
 
     batch = TensorDict({key: fill(leaf) for key, leaf in agent.record.exclude("belief", "state").items()}, batch_size)
+    if not agent.context_keys:
+        return batch.to(next(agent.loss.parameters()).device)
     size = (batch_size, model.rssm.categoricals)
     classes = torch.randint(model.rssm.classes, size, dtype=torch.uint8, generator=generator)
     belief = torch.rand(batch_size, model.rssm.belief_size, generator=generator) * 2 - 1
@@ -188,11 +190,20 @@ def make_mock_parts(
     return agent, replay, collector
 
 
-SMALL_RUN = (
+SMALL_V1 = (
+    "agent=dreamer_v1",
+    "agent.belief_size=8",
+    "agent.state_size=4",
+    "agent.hidden_size=8",
+    "agent.depth=2",
+    "agent.units=8",
+    "agent.imagination_horizon=5",
+    "replay_buffer.batch_unit=windows",
+)
+SHORT_RUN = (
     "env=mock",
     "env.name=counter",
     "collector=sync",
-    "agent/size=debug",
     "replay_buffer.batch_size=2",
     "replay_buffer.sequence_length=4",
     "replay_buffer.prefetch=0",
@@ -201,8 +212,6 @@ SMALL_RUN = (
     "collector.init_random_frames=16",
     "collector.total_frames=96",
     "train_ratio=2",
-    "optimization.warmup_steps=0",
-    "optimization.lr=1e-3",
     "logger.backends=[]",
     "logger.video=false",
     "eval.interval=0",
@@ -210,16 +219,38 @@ SMALL_RUN = (
     "checkpoint.interval=0",
     "device=cpu",
 )
+SMALL_WM = (
+    "agent=world_models",
+    "agent.vae.latent_size=3",
+    "agent.vae.channels=[4,4,4,4]",
+    "agent.vae.updates=3",
+    "agent.vae.batch_size=4",
+    "agent.mdn_rnn.hidden_size=6",
+    "agent.mdn_rnn.components=2",
+    "agent.mdn_rnn.updates=4",
+    "agent.mdn_rnn.batch_size=3",
+    "agent.mdn_rnn.sequence_length=6",
+    "agent.controller.population=4",
+    "agent.controller.generations=3",
+    "agent.controller.trials=2",
+    "agent.controller.max_steps=5",
+    "agent.controller.eval_interval=0",
+    "collector.init_random_frames=1000",
+)
+SMALL_PPO = ("agent=ppo", "agent.units=8", "agent.minibatch_size=4", "collector.init_random_frames=0")
+SMALL_V3 = ("agent/size=debug", "agent.imagination_horizon=3", "optimization.warmup_steps=0", "optimization.lr=1e-3")
+SMALL_RUN = (*SHORT_RUN, *SMALL_V3)
 
 
-def make_run(run_dir: Path, *overrides: str) -> Trainer:
+def make_run(run_dir: Path, *overrides: str, base: Sequence[str] = SMALL_RUN) -> Trainer:
     """The trainer of a small run on two mock environments, everything a function of the seed.
 
     With ``resume=...`` among the overrides it goes on from the newest checkpoint in ``run_dir``.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    config = compose_config(*SMALL_RUN, *overrides)
-    return build(choose_start(config, run_dir, [*SMALL_RUN, *overrides], lambda extra: compose_config(*extra)))
+    overrides = (*base, *overrides)
+    config = compose_config(*overrides)
+    return build(choose_start(config, run_dir, overrides, lambda extra: compose_config(*extra)))
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
@@ -230,7 +261,7 @@ def optimiser_state(trainer: Trainer) -> dict[str, Tensor]:
     """Averages and counters of the optimiser, flat."""
     state = trainer.optimization_stepper.state_dict()["optimizer"]
     flat = {f"{i}/{key}": value for i, entry in state["state"].items() for key, value in entry.items()}
-    return flat | {f"step/{i}": torch.tensor(group["step"]) for i, group in enumerate(state["param_groups"])}
+    return flat | {f"step/{i}": torch.tensor(group.get("step", 0)) for i, group in enumerate(state["param_groups"])}
 
 
 def differing(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> list[str]:
@@ -242,3 +273,15 @@ def differing(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> list[s
 def gradient_size(parameters: Iterable[nn.Parameter]) -> float:
     """Largest absolute gradient; parameters without one count as 0."""
     return max((p.grad.abs().max().item() for p in parameters if p.grad is not None), default=0.0)
+
+
+def stop_at_update(trainer: Trainer, count: int) -> None:
+    """Ask the trainer to stop during update ``count``, as a signal would."""
+    step = trainer.optimization_stepper.step
+
+    def counting(*args):
+        if trainer.update_count + 1 == count:
+            trainer.request_stop("SIGTERM")
+        return step(*args)
+
+    trainer.optimization_stepper.step = counting

@@ -1,56 +1,48 @@
 """The configuration: every choice composes, keys equal keyword names, and mistakes name themselves."""
 
 import inspect
-from pathlib import Path
+from itertools import zip_longest
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dreamer.agents import EnvSpec, load
-from dreamer.collection import make_collector
+from dreamer.collection import count_windows, make_collector
 from dreamer.replay import SequenceReplay
 from dreamer.settings import Start, choose_run_dir
 from dreamer.train import build, check, choose_device
 from envs import make_env
 from envs.transforms.distraction import make_distraction
-
-CONFIGS = Path(__file__).parents[1] / "configs"
-SIZES = sorted(path.stem for path in (CONFIGS / "agent/size").glob("*.yaml"))
-EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
-
-
-def config(*overrides: str) -> dict:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return OmegaConf.to_container(compose("train", overrides=list(overrides)), resolve=True)
+from tests.helpers import CONFIGS
+from tests.helpers import compose_config as config
 
 
 def group(name: str) -> list[str]:
     return sorted(path.stem for path in (CONFIGS / name).glob("*.yaml"))
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        f"{name}={choice}"
-        for name in ("env", "env/distraction", "collector", "replay_buffer", "optimization", "logger")
-        for choice in group(name)
-    ]
-    + [f"agent/size={size}" for size in SIZES]
-    + [f"experiment={name}" for name in EXPERIMENTS],
-)
-def test_every_choice_composes(override):
-    assert config(override)["agent"]["name"] == "dreamer_v3"
+GROUPS = ("env/distraction", "env", "collector", "replay_buffer", "optimization", "logger", "agent/size")
+CHOICES = zip_longest(*([f"{name}={choice}" for choice in group(name)] for name in GROUPS))
 
 
-@pytest.mark.parametrize("choice", group("env/distraction"))
-def test_distractions_can_be_made(choice):
-    """Keys equal keyword names, and the values fit together."""
-    options = config(f"env/distraction={choice}")["env"]["distraction"]
-    assert (make_distraction(options) is None) == (choice == "none")
+@pytest.mark.parametrize("overrides", [" ".join(filter(None, row)) for row in CHOICES])
+def test_every_choice_composes(overrides):
+    """One of each group at a time. The keys of a distraction equal keyword names, and its values fit together."""
+    settings = config(*overrides.split())
+    assert settings["agent"]["name"] == "dreamer_v3"
+    if "env/distraction=" in overrides:
+        distraction = make_distraction(settings["env"]["distraction"])
+        assert (distraction is None) == ("env/distraction=none" in overrides)
+
+
+@pytest.mark.parametrize("name", group("experiment"))
+def test_every_experiment_composes(name):
+    """Experiments of other agents begin with the agent's name, or with smoke."""
+    of = name.removeprefix("smoke_")
+    expected = next((agent for agent in group("agent") if f"{of}_".startswith(f"{agent}_")), "dreamer_v3")
+    assert config(f"experiment={name}")["agent"]["name"] == expected
 
 
 def keywords(function) -> set[str]:
@@ -64,7 +56,7 @@ def test_keys_equal_keywords():
     assert set(settings["env"]) <= keywords(make_env)
     collection = set(settings["collector"]) - {"total_frames", "sync_interval", "timeout", "restart"}
     assert collection <= keywords(make_collector)
-    assert set(settings["replay_buffer"]) - {"size"} <= keywords(SequenceReplay)
+    assert set(settings["replay_buffer"]) - {"size", "batch_unit"} <= keywords(SequenceReplay)
 
 
 @pytest.mark.parametrize("agent", group("agent"))
@@ -75,7 +67,7 @@ def test_agent_keys_equal_keywords_of_build(agent):
 
 def test_sizes_are_one_dial():
     """Units = hidden = d, belief = 8 d, classes = depth = d / 16."""
-    for size in set(SIZES) - {"debug"}:
+    for size in set(group("agent/size")) - {"debug"}:
         c = config(f"agent/size={size}")["agent"]["size"]
         d = c["units"]
         assert c == {
@@ -134,6 +126,7 @@ def test_unknown_agent_lists_the_agents():
         ("env.task=run", "run"),
         ("env.name=counters", "counter"),
         ("replay_buffer.batch_size=0", "batch_size=0"),
+        ("replay_buffer.batch_unit=frames", "batch_unit='frames'"),
         ("replay_buffer.size=0", "replay_buffer.size=0"),
         ("train_ratio=fast", "train_ratio='fast'"),
         ("eval.num_envs=0", "eval.num_envs=0"),
@@ -167,3 +160,10 @@ def test_run_dir_is_never_reused(tmp_path):
 def test_device():
     assert choose_device("cpu") == torch.device("cpu")
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_batches_counted_in_steps():
+    replay = {"batch_unit": "steps", "batch_size": 1000, "sequence_length": 50}
+    assert count_windows(replay) == 20 and count_windows(replay | {"batch_unit": "windows"}) == 1000
+    with pytest.raises(ValueError, match=r"batch_size=1000.*sequence_length=64"):
+        count_windows(replay | {"sequence_length": 64})

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dreamer.trainer import Trainer
-from tests.helpers import make_run, optimiser_state, snapshot
+from tests.helpers import make_run, optimiser_state, snapshot, stop_at_update
 
 PIXELS = ("env.from_pixels=true", "env.image_size=16", "logger.images=false", "logger.histograms=false")
 RUNS = {"continuous": ()}
@@ -47,18 +47,6 @@ def finish(trainer: Trainer) -> Trainer:
     trainer.train()
     trainer.logger.close()
     return trainer
-
-
-def stop_at_update(trainer: Trainer, count: int) -> None:
-    """Ask the trainer to stop during update ``count``, as a signal would."""
-    step = trainer.optimization_stepper.step
-
-    def counting(*args):
-        if trainer.update_count + 1 == count:
-            trainer.request_stop("SIGTERM")
-        return step(*args)
-
-    trainer.optimization_stepper.step = counting
 
 
 @pytest.mark.parametrize("name", [*RUNS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])

@@ -20,13 +20,13 @@ def compose(overrides):
     return compose_config(*overrides)
 
 
-def save(run_dir: Path, frames: int, config: dict) -> Path:
+def save(run_dir: Path, frames: int, config: dict, busy: bool = False) -> Path:
     """A checkpoint that holds nothing but a configuration."""
     text = OmegaConf.to_yaml(OmegaConf.create(config))
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(text)
     write = partial(lambda text, stage: (stage / "config.yaml").write_text(text), text)
-    return publish(run_dir / "checkpoints", f"frames_{frames}", write, {"frames": frames})
+    return publish(run_dir / "checkpoints", f"frames_{frames}", write, {"frames": frames, "busy": busy})
 
 
 def start(run_dir: Path, *overrides: str):
@@ -82,6 +82,12 @@ class TestConfiguration:
         with pytest.raises(ValueError, match=f"{override.split('=')[0]}.*cannot change"):
             start(tmp_path, override)
 
+    def test_the_agent_of_the_run_keeps_its_settings_where_it_is_named(self):
+        saved = compose(("agent=ppo", "agent.units=7", "agent.epochs=2"))
+        overrides = ("agent=ppo", "agent.epochs=3")
+        agent = apply_overrides(saved, compose(overrides), overrides, compose)["agent"]
+        assert (agent["units"], agent["epochs"]) == (7, 3)
+
     def test_secrets_come_from_the_command_line(self):
         given = compose(("+logger.api_key=hush",))
         saved = given | {"logger": given["logger"] | {"api_key": REDACTED}}
@@ -101,6 +107,8 @@ class TestChoice:
             save(RUNS / f"{name_run(config)}_{name}", 100, config)
         latest = RUNS / f"{name_run(config)}_20260102-000000"
         assert choose_run_dir(config) == latest
+        save(latest, config["collector"]["total_frames"], config, busy=True)
+        assert choose_run_dir(config) == latest, "there is still something to learn"
         save(latest, config["collector"]["total_frames"], config)
         assert not choose_run_dir(config).exists(), "a finished run is left alone"
 

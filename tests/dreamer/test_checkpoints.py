@@ -178,13 +178,16 @@ class SmallTrainer:
         self.loss_module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
         self.replay_buffer = make_replay()
         fill_replay(self.replay_buffer, 0, 0, records)
-        self.collected_frames = self._optim_count = self.pending_updates = 0
+        self.collected_frames = self._optim_count = self.pending_updates = self.further_frames = 0
         self._modules = {"Part": Part(value), "without_state": object()}
         self.incidents: list[tuple[str, str]] = []
 
     @property
     def update_count(self) -> int:
         return self._optim_count
+
+    def busy(self) -> bool:
+        return self.pending_updates > 0
 
     def incident(self, kind: str, message: str) -> None:
         self.incidents.append((kind, message))
@@ -253,9 +256,11 @@ class TestState:
     def test_counters_and_manifest(self, tmp_path):
         trainer, other = SmallTrainer(), SmallTrainer(records=0)
         trainer.collected_frames, trainer._optim_count, trainer.pending_updates = 80, 30, 2
+        trainer.further_frames = 7
         manifest = load_checkpoint(other, make_save(trainer, tmp_path).save())
         assert (other.collected_frames, other._optim_count, other.pending_updates) == (80, 30, 2)
-        assert (manifest["frames"], manifest["updates"], manifest["replay"]) == (80, 30, True)
+        assert other.further_frames == 7
+        assert (manifest["frames"], manifest["updates"], manifest["replay"], manifest["busy"]) == (80, 30, True, True)
         assert_equal(other.replay_buffer.sample(), trainer.replay_buffer.sample())
 
     def test_records_that_were_not_saved_or_are_not_wanted(self, tmp_path):

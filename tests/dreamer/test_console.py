@@ -62,8 +62,13 @@ def test_the_line_fits_and_keeps_the_most_important(width):
 
 def test_what_is_unknown():
     known = ("collector/fps", "trainer/updates", "trainer/updates_per_second")
-    line = console_line({name: METRICS[name] for name in known}, 0, 0)
+    line = console_line({name: METRICS[name] for name in known}, 0, 100)
     assert "left ?" in line and "return" not in line and "(0%)" in line
+
+
+def test_a_run_without_frames_shows_its_updates():
+    line = console_line(METRICS, 0, 0)
+    assert line.startswith("updates 120") and "frames" not in line and "fps" not in line and "left" not in line
 
 
 def test_terminal_rewrites_one_line(terminal):

@@ -7,7 +7,15 @@ import torch
 from tensordict import TensorDict
 from torchrl.envs import SerialEnv, TransformedEnv
 
-from dreamer.evaluation import Interrupted, preserve_rng, run_episodes, run_seeded_episodes
+from dreamer.collection import EnvFactory, derive_seed
+from dreamer.evaluation import (
+    EVALUATION,
+    Interrupted,
+    episode_seeds,
+    preserve_rng,
+    run_episodes,
+    run_seeded_episodes,
+)
 from envs import make_env
 from envs.backends.mock import MockEnv
 from envs.transforms import Render
@@ -75,6 +83,20 @@ class TestSeeds:
         assert results[0] == results[1]
         assert results[0].returns != results[2].returns
         assert torch.equal(torch.get_rng_state(), state)
+
+    def test_an_evaluation_plays_no_episode_of_the_training(self):
+        """Through the factory that makes the environments of both, one episode each of 8 streams and of 3 rows."""
+        env = {"backend": "mock", "name": "counter", "task": "continuous"}
+
+        def episodes(seed: int, rows: int) -> set[tuple[int, int]]:
+            made = EnvFactory(env, range(rows), seed, None)()
+            made.reset()
+            return set(episode_seeds(made, rows))
+
+        training = episodes(5, 8)
+        evaluation = EnvFactory(env, range(3), derive_seed(5, EVALUATION), None)()
+        result = run_seeded_episodes(evaluation, idle, 3, CPU, seed=derive_seed(5, EVALUATION), deterministic=True)
+        assert len(training) == 8 and len(set(result.seeds)) == 3 and not training & set(result.seeds)
 
 
 class TestStop:

@@ -1,6 +1,7 @@
 """The hooks: how many updates are owed, what is counted, and that looking at a run does not change it."""
 
 import json
+import math
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from torch import nn
 from torchrl.data import Unbounded
 
 from dreamer.collection import ActingPolicy
+from dreamer.evaluation import Episodes
 from dreamer.hooks import EpisodeStats, Evaluate, Every, SyncPolicy, UpdateRatio, WriteBackContext
 from dreamer.replay import SequenceReplay
 from tests.helpers import differing, make_mock_parts, make_run, optimiser_state, set_episode_length, snapshot
@@ -178,28 +180,28 @@ class TestFrames:
 
     @pytest.mark.slow
     def test_first_episodes_of_eight_environments(self, tmp_path, monkeypatch):
-        """1000 frames at 2 frames per step are 500 steps and 501 records: 8 environments end their first episode
-        between frames 8002 and 8016, as in the published curves. The counter pays 1 + ... + 1000 = 500,500.
+        """200 frames at 2 frames per step are 100 steps and 101 records: 8 environments end their first episode
+        between frames 1602 and 1616, in the manner of published curves. The counter pays 1 + ... + 200 = 20,100.
         """
-        set_episode_length(monkeypatch, 1000)
+        set_episode_length(monkeypatch, 200)
         trainer = make_run(
             tmp_path,
             "env.frame_skip=2",
             "collector.envs_per_collector=8",
-            "collector.frames_per_batch=2000",  # a quarter of an episode of each
-            "collector.total_frames=8016",
+            "collector.frames_per_batch=400",  # a quarter of an episode of each
+            "collector.total_frames=1616",
             "collector.init_random_frames=1_000_000",
             "logger.interval=1",
         )
         counts = []
         trainer.register_op("post_steps_log", lambda batch: counts.append(trainer.collected_frames))
         trainer.train()
-        assert counts == [2000, 4000, 6000, 8016]
-        assert trainer.replay_buffer.stream_counts.tolist() == [501] * 8
+        assert counts == [400, 800, 1200, 1616]
+        assert trainer.replay_buffer.stream_counts.tolist() == [101] * 8
         lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         ends = [line for line in lines if "episode/return" in line]
         assert [(line["frames"], line["episode/return"], line["episode/length"]) for line in ends] == [
-            (8016, 500_500.0, 1000.0)
+            (1616, 20_100.0, 200.0)
         ]
 
     def test_records_are_counted_and_updates_follow(self, tmp_path, monkeypatch):
@@ -310,6 +312,15 @@ class TestEvaluate:
             assert random_states() == before[1]
             assert (replay.write_count, replay._rng.bit_generator.state) == before[2:]
             assert modes == {name: module.training for name, module in trainer.loss_module.named_modules()}
+        trainer.collector.shutdown()
+
+    def test_what_is_not_finite_is_never_the_best(self, tmp_path, monkeypatch):
+        trainer, evaluate = self.make(tmp_path)
+        for value, best in ((math.nan, None), (2.0, 2.0), (math.nan, 2.0), (3.0, 3.0)):
+            episodes = Episodes([value], [1], [None])
+            monkeypatch.setattr(evaluate, "_run_episodes", lambda *_, episodes=episodes: episodes)
+            evaluate.run()
+            assert (evaluate.best and evaluate.best[1]) == best
         trainer.collector.shutdown()
 
     def test_the_same_policy_gets_the_same_result(self, tmp_path):

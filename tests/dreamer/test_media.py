@@ -1,5 +1,6 @@
 """The hook that writes media: when, what, and that training does not notice."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +25,7 @@ def make_media(batch):
 
 @pytest.fixture
 def trainer(tmp_path):
-    return SimpleNamespace(collected_frames=0, logger=RunLogger(tmp_path, backends=[]))
+    return SimpleNamespace(collected_frames=0, log_step=0, logger=RunLogger(tmp_path, backends=[]))
 
 
 def written(tmp_path):
@@ -34,12 +35,22 @@ def written(tmp_path):
 
 def test_writes_each_kind_when_due(trainer, tmp_path):
     hook = LogMedia(trainer, make_media, 100, True)
-    for trainer.collected_frames in (0, 40, 100):
+    for frames in (0, 40, 100):
+        trainer.collected_frames = trainer.log_step = frames
         hook(TensorDict())
     names = ("images/train_original_{:09}.png", "videos/train_observation_video_{:09}.mp4")
     expected = {name.format(frames) for name in names for frames in (0, 100)}
     assert written(tmp_path) == expected | {"histograms.jsonl"}
     assert (tmp_path / "histograms.jsonl").read_text().count("\n") == 2
+
+
+def test_pictures_do_not_replace_each_other_while_frames_stand_still(trainer, tmp_path):
+    hook, trainer.collected_frames = LogMedia(trainer, make_media, 100, histograms=True), 500
+    for trainer.log_step in (510, 520):
+        hook.show(make_media(None))
+    assert {int(name[-13:-4]) for name in written(tmp_path) if name.endswith((".png", ".mp4"))} == {510, 520}
+    lines = [json.loads(line) for line in (tmp_path / "histograms.jsonl").read_text().splitlines()]
+    assert [(line["frames"], line["step"]) for line in lines] == [(500, 510), (500, 520)]
 
 
 @pytest.mark.parametrize(

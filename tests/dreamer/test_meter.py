@@ -33,6 +33,14 @@ def test_averages_and_forgets():
     assert not meter.sums, "nothing is kept"
 
 
+def test_of_whole_numbers_the_last_one_stands():
+    meter = make_meter()
+    for count in (1, 2, 7):
+        meter.add({"plain": count, "tensor": torch.tensor(count)})
+    metrics = meter.read(frames=100, updates=1)
+    assert metrics["plain"] == metrics["tensor"] == 7.0
+
+
 def test_nan_is_passed_on():
     meter = make_meter()
     meter.add({"loss": torch.tensor(math.nan), "other": 1.0})
@@ -65,6 +73,17 @@ def test_time_left_is_never_negative(clock):
     meter = make_meter()
     clock[0] = 10.0
     assert meter.read(frames=1010, updates=260)["trainer/eta_seconds"] == 0
+
+
+def test_without_a_train_ratio_time_left_follows_frames(clock):
+    """Half of the frames in ten seconds leave ten; nothing is said when all were collected."""
+    meter = make_meter(train_ratio=None)
+    assert "trainer/train_ratio" not in meter.read(frames=0, updates=0)
+    clock[0] = 10.0
+    metrics = meter.read(frames=500, updates=1)
+    assert metrics["trainer/eta_seconds"] == pytest.approx(10) and "trainer/train_ratio" not in metrics
+    clock[0] = 20.0
+    assert "trainer/eta_seconds" not in meter.read(frames=1000, updates=2)
 
 
 class TestTimers:
