@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torchrl.envs import Compose, ExcludeTransform, InitTracker, Transform
+from torchrl.envs import CatFrames, Compose, EnvBase, ExcludeTransform, InitTracker, Transform
 
 from envs.backends.dmc import DMCEnv
 from envs.backends.gym import GymnasiumEnv
 from envs.backends.mock import MockEnv
-from envs.choices import check_choice
+from envs.choices import check_choice, check_positive
 from envs.seeded import SeededTransformedEnv
 from envs.transforms.distraction import make_distraction
+from envs.transforms.grey import Grey
 from envs.transforms.previous_step import PreviousStep
 from envs.transforms.render import Render
 from envs.transforms.stream_index import StreamIndex
@@ -34,6 +36,9 @@ def make_env(
     render: Mapping[str, Any] | None = None,
     distraction: Mapping[str, Any] | None = None,
     emit_mask: bool = False,
+    grey: bool = False,
+    frame_stack: int = 1,
+    options: Mapping[str, Any] | None = None,
     seed: int = 0,
     stream: int | None = None,
     device: torch.device | str = "cpu",
@@ -55,15 +60,20 @@ def make_env(
             `{"name": "color_grid", "level": "action"}`; None or the name "none" for none.
         emit_mask: write the simulator's mask of the foreground in the image as shown, whatever distracts. Images stay
             the same. The floor is background, but for a distraction with `replace_floor=False`.
+        grey: images in shades of grey.
+        frame_stack: images of the last so many steps, the newest in the last channels; at a reset, the first one so
+            many times.
+        options: further arguments of the backend's class, and for `gymnasium.make` with backend "gym".
         seed: of the environment and its transforms, in [0, 2**32); every episode derives its own.
         stream: number that marks the observations of this environment, None for no mark.
         device: where the tensors go.
         transforms: more transforms, or functions that make them, to apply after the images are drawn.
 
     Writes:
-        `pixels` uint8 `[h, w, 3]` and/or `observation` float32 `[O]`; `mask` bool `[h, w, 1]` if asked for; `reward`
-        float32 `[1]`; `is_init`, `terminated`, `truncated`, `done` bool `[1]`; `previous_action` `[A]`,
-        `previous_reward` `[1]`; `stream` int64 `[1]` if asked for; what the distraction writes.
+        `pixels` uint8 `[h, w, C]`, where C is 3 (1 if grey) times `frame_stack`, and/or `observation` float32 `[O]`;
+        `mask` bool `[h, w, 1]` if asked for; `reward` float32 `[1]`; `is_init`, `terminated`, `truncated`, `done` bool
+        `[1]`; `previous_action` `[A]`, `previous_reward` `[1]`; `stream` int64 `[1]` if asked for; what the distraction
+        writes.
 
     Raises:
         ValueError: a name, task, count or option that does not exist; the message lists those that do. Or a
@@ -79,9 +89,16 @@ def make_env(
         raise ValueError(f"distraction={dict(distraction or {})}: needs images, from_pixels=True")
     if emit_mask and not from_pixels:
         raise ValueError("emit_mask=True: needs images, from_pixels=True")
-    base = BACKENDS[backend](name=name, task=task, frame_skip=frame_skip, seed=seed, device=device)
+    check_positive("frame_stack", frame_stack)
+    if not from_pixels and (grey or frame_stack > 1):
+        raise ValueError(f"grey={grey}, frame_stack={frame_stack}: needs images, from_pixels=True")
+    base = make_backend(backend, options or {}, name=name, task=task, frame_skip=frame_skip, seed=seed, device=device)
+    if getattr(base, "observes_images", False) and not from_pixels:
+        raise ValueError(f"from_pixels=False: {name} shows images only, give from_pixels=True")
     chain = draw(image_size, render or {}, distractor, emit_mask) if from_pixels else []
-    if from_pixels and pixels_only:
+    chain += [Grey()] if grey else []
+    chain += [CatFrames(frame_stack, dim=-1, in_keys=["pixels"])] if frame_stack > 1 else []
+    if from_pixels and pixels_only and "observation" in base.observation_spec:
         chain.append(ExcludeTransform("observation"))
     chain += [item if isinstance(item, Transform) else item() for item in transforms]
     chain.append(PreviousStep())  # after the others, which may change the reward
@@ -92,6 +109,22 @@ def make_env(
     env.set_seed(seed)
     _ = env.observation_spec  # transforms that do not fit the environment complain here, not at the first reset
     return env
+
+
+def make_backend(backend: str, options: Mapping[str, Any], **arguments: Any) -> EnvBase:
+    """An environment of a backend, with `options` beside the arguments that all backends take.
+
+    Raises:
+        ValueError: the backend has no such option, or it is one of the arguments.
+    """
+    kind = BACKENDS[backend]
+    for option in arguments.keys() & options.keys():
+        raise ValueError(f"options={dict(options)}: give {option} beside the options, not among them")
+    taken = inspect.signature(kind.__init__).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        for option in options:
+            check_choice("option", option, taken.keys() - {"self", *arguments})
+    return kind(**arguments, **options)
 
 
 def draw(

@@ -5,6 +5,7 @@ from envs.transforms.concept_mask import ConceptMask, Sam3Mask
 from envs.transforms.denoised_mdp import CameraJitter, NoisySensor
 from envs.transforms.distracting_cs import DistractingCS
 from envs.transforms.finite_guard import FiniteGuard
+from envs.transforms.grey import Grey
 from envs.transforms.mask_observation import MaskObservation
 from envs.transforms.natural_video import NaturalVideo
 from envs.transforms.previous_step import PreviousStep
@@ -17,6 +18,7 @@ __all__ = [
     "ConceptMask",
     "DistractingCS",
     "FiniteGuard",
+    "Grey",
     "MaskObservation",
     "NaturalVideo",
     "NoisySensor",

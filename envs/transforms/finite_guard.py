@@ -103,7 +103,7 @@ class FiniteGuard(Transform):
         episode = "" if seed is None else f" of episode {seed[1]} (seed {seed[0]})"
         return (
             f"{key!r} is {value} at step {self._steps}{episode}: mend the environment, or leave such episodes out with "
-            "policy='skip'"
+            "policy='skip' (nan_policy=skip in a training)"
         )
 
     def clone(self) -> FiniteGuard:

@@ -116,6 +116,11 @@ def test_seed_repeats_the_start():
         ("CartPol-v1", "name='CartPol-v1'.*CartPole-v1"),
         ("Pendulum-v0", "name='Pendulum-v0'.*deprecated.*Pendulum-v1"),
         ("Pendulum-v9", "name='Pendulum-v9'.*did you mean Pendulum-v1"),
+        ("LunarLander-v2", "name='LunarLander-v2'.*deprecated.*LunarLander-v3"),
+        ("CarRacing-v2", "name='CarRacing-v2'.*deprecated.*CarRacing-v3"),
+        ("PongNoFrameskip-v4", "name='PongNoFrameskip-v4'.*ALE/Pong-v5"),
+        ("Breakout-v4", "name='Breakout-v4'.*ALE/Breakout-v5"),
+        ("ALE/Pon-v5", "name='ALE/Pon-v5'.*did you mean ALE/Pong-v5"),
     ],
 )
 def test_unknown_ids(name, message):
@@ -145,3 +150,82 @@ def test_an_environment_without_images_says_so(monkeypatch):
     env.reset()
     with pytest.raises(RuntimeError, match="from_pixels=False"):
         env.render(2, 2)
+
+
+def test_options_reach_the_environment():
+    data = make_env(
+        backend="gym", name="Echo-v0", frame_skip=1, from_pixels=False, options={"ends_at": 9, "max_episode_steps": 3}
+    ).rollout(9)
+    assert len(data) == 3 and data["next", "truncated"][-1]
+    with pytest.raises(ValueError, match=r"options=\{'end_at': 4\}.*unexpected keyword"):
+        GymnasiumEnv(name="Echo-v0", end_at=4)
+
+
+class Camera(Echo):
+    """Observes an image: row i has brightness 10 i, plus the number of the step; draws something else."""
+
+    observation_space = spaces.Box(0, 255, (6, 4, 3), np.uint8)
+
+    def look(self):
+        return np.repeat(10 * np.arange(6, dtype=np.uint8), 12).reshape(6, 4, 3) + np.uint8(self.t)
+
+    def reset(self, **options):
+        super().reset(**options)
+        return self.look(), {}
+
+    def step(self, action):
+        _, *rest = super().step(action)
+        return self.look(), *rest
+
+
+@pytest.fixture
+def camera():
+    gymnasium.register("Camera-v0", entry_point=Camera, max_episode_steps=5)
+    yield {"backend": "gym", "name": "Camera-v0", "frame_skip": 2, "image_size": 2}
+    del gymnasium.registry["Camera-v0"]
+
+
+def test_images_that_are_observed_are_not_drawn_again(camera):
+    env = make_env(**camera, pixels_only=False)
+    check_env_specs(env)
+    assert "observation" not in env.observation_spec
+    pixels = env.rollout(2)["pixels"]  # means of three rows
+    assert pixels[:, :, 0, 0].tolist() == [[10, 40], [12, 42]]
+    assert (pixels == pixels[:, :, :1, :1]).all()
+
+
+def test_rows_are_cut_off_before_the_image_is_made_smaller(camera):
+    pixels = make_env(**camera, options={"crop_rows": [2, 6]}).reset()["pixels"]
+    assert pixels[:, 0, 0].tolist() == [25, 45]
+    with pytest.raises(ValueError, match=r"crop_rows=\[2, 7\]: the image has 6 rows"):
+        make_env(**camera, options={"crop_rows": [2, 7]}).reset()
+    with pytest.raises(ValueError, match=r"crop_rows=\[3, 3\]"):
+        make_env(**camera, options={"crop_rows": [3, 3]})
+
+
+def test_an_environment_of_images_has_nothing_else(camera):
+    with pytest.raises(ValueError, match="Camera-v0 shows images only, give from_pixels=True"):
+        make_env(**camera, from_pixels=False)
+
+
+class TestAtari:
+    """The games, which have no vector to observe."""
+
+    def test_a_frame_is_one_of_the_emulator(self):
+        env = make_env(backend="gym", name="ALE/Pong-v5", frame_skip=3)
+        env.rollout(5)
+        assert env.base_env._env.unwrapped.ale.getEpisodeFrameNumber() == 15
+
+    def test_an_episode_can_be_played_again(self):
+        env, other = (make_env(backend="gym", name="ALE/Breakout-v5", frame_skip=4, seed=seed) for seed in (1, 2))
+        data = env.rollout(20)  # actions are sticky
+        current = other.restore_episode(env.episode_state())
+        assert torch.equal(current["pixels"], data["next", "pixels"][-1])
+        assert env.action_spec.shape == (4,) and data["pixels"].shape == (20, 64, 64, 3)
+
+    def test_without_the_games(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "ale_py", None)
+        for name in [name for name in gymnasium.registry if name.startswith("ALE/")]:
+            monkeypatch.delitem(gymnasium.registry, name)
+        with pytest.raises(ImportError, match=r"pip install lucid-rl\[atari\]"):
+            GymnasiumEnv(name="ALE/Pong-v5")

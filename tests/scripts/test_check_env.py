@@ -86,10 +86,10 @@ class Picky(Good):
 
 
 class Huge(Good):
-    observation_space = spaces.Box(0, 255, (32, 32, 3), np.uint8)
+    observation_space = spaces.Box(0, 1, (32, 32, 3), np.float32)
 
     def observe(self):
-        return np.zeros((32, 32, 3), np.uint8)
+        return np.zeros((32, 32, 3), np.float32)
 
 
 ENVS = (Good, NotANumber, FloatImage, Frozen, WrongShape, Unseeded, Unchanging, Picky, Huge)
