@@ -129,6 +129,10 @@ class ImaginedActorCriticLoss(ModuleLoss):
         """Sample the action [N, A] of one imagined step."""
         return self.actor(feature).sample()
 
+    def value(self, feature: Tensor) -> Tensor:
+        """Value [...] of model states [..., F]."""
+        return twohot_mean(self.critic(feature), self.bins)
+
     @torch.no_grad()
     def diagnostics(
         self,

@@ -105,8 +105,7 @@ class WorldModelLoss(ModuleLoss):
             self.world_model.encode(batch),  # [B, T, E]
             batch[keys.action],
             batch[keys.is_init],
-            batch[keys.context, "belief"],
-            rssm.from_classes(batch[keys.context, "state"]),  # [B, Z]
+            *rssm.unpack(batch[keys.context, "belief"], batch[keys.context, "state"]),  # [B, D] and [B, Z]
         )
 
     def kl_terms(self, rollout: Any) -> Terms:
@@ -132,6 +131,15 @@ class WorldModelLoss(ModuleLoss):
         """Further terms [B, T] of an agent, each with an entry in ``weights``. None here."""
         return {}
 
+    def latent_statistics(self, rollout: Any) -> Terms:
+        """Entropies of each latent, [B, T, S], and the KL of each step, [B, T]; nats."""
+        prior, posterior = rollout.prior_logits, rollout.posterior_logits  # [B, T, S, K]
+        return {
+            "prior_entropy": categorical_entropy(prior.unsqueeze(-2)),
+            "posterior_entropy": categorical_entropy(posterior.unsqueeze(-2)),
+            "kl": categorical_kl(posterior, prior),
+        }
+
     @torch.no_grad()
     def diagnostics(self, terms: Terms, rollout: Any) -> Terms:
         """Scalars to log, by the names under ``wm/``."""
@@ -156,9 +164,8 @@ class WorldModelLoss(ModuleLoss):
 
     def replay_context(self, rollout: Any) -> dict[NestedKey, TensorDict]:
         """The latents that replace those in the replay, in the form in which it keeps them."""
-        state = self.world_model.rssm.to_classes(rollout.state.detach())  # [B, T, S]
-        context = TensorDict({"belief": rollout.belief.detach().bfloat16(), "state": state}, state.shape[:2])
-        return {self.tensor_keys.replay_context: context}
+        belief, state = self.world_model.rssm.pack(rollout.belief.detach(), rollout.state.detach())
+        return {self.tensor_keys.replay_context: TensorDict({"belief": belief, "state": state}, belief.shape[:2])}
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:

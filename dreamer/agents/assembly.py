@@ -1,6 +1,6 @@
 """From the loss of a world model to an agent that learns to act in its imagination, as in DreamerV3."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -90,13 +90,17 @@ def assemble(
     )
 
 
-def partition(weights: Mapping[str, float], model_loss: type[WorldModelLoss]) -> list[dict[str, float]]:
-    """Give the world model, the imagined actor-critic and the replayed critic their own entries of ``weights``.
+def partition(
+    weights: Mapping[str, float],
+    model_loss: type[WorldModelLoss],
+    others: Sequence[Any] = (ImaginedActorCriticLoss, ReplayCriticLoss),
+) -> list[dict[str, float]]:
+    """Give the loss of the world model, and each of the others, its own entries of ``weights``.
 
     Raises:
         ValueError: if a name belongs to none of them, or one is missing.
     """
-    losses = (model_loss, ImaginedActorCriticLoss, ReplayCriticLoss)
+    losses = (model_loss, *others)
     known = {name for loss in losses for name in loss.WEIGHTS}
     if set(weights) != known:
         raise ValueError(f"agent.loss_weights={sorted(weights)}: give exactly {sorted(known)}")

@@ -1,6 +1,6 @@
 """Shared assembly: from specs and sizes to world model, actor, critic, acting policy and replay records."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -13,6 +13,7 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 
 from dreamer.agents import EnvSpec
 from dreamer.models.conv import MULTIPLIERS, ImageDecoder, ImageEncoder
+from dreamer.models.gaussian_rssm import GaussianRSSM
 from dreamer.models.heads import ContinuousActor, DiscreteActor, Head
 from dreamer.models.rssm import RSSM
 from dreamer.models.world_model import VectorDecoder, VectorEncoder, WorldModel
@@ -128,16 +129,27 @@ class ActionCodec:
 class RecurrentPolicy(TensorDictModuleBase):
     """The acting policy: filter the observation into the model state, then sample the actor.
 
-    The model state is carried by the environment's TensorDict in the form in which the replay keeps it: ``belief``
-    [D] bfloat16 and ``state`` [S] class ids. Where ``is_init`` is set, both and the previous action count as zero.
+    The environment's TensorDict carries the model state, as the RSSM packs it. Where ``is_init`` is set, it and the
+    previous action count as zero.
+
+    Args:
+        world_model, actor: The networks that act.
+        codec: For the actions.
+        explore: What becomes of a sampled action [N, A]; nothing by default, nor where the mode is taken.
 
     Reads: observation keys, is_init [1], previous_action [A], belief, state.
     Writes: action [A]; ("next", "belief") and ("next", "state"), the posterior model state.
     """
 
-    def __init__(self, world_model: WorldModel, actor: nn.Module, codec: ActionCodec):
+    def __init__(
+        self,
+        world_model: WorldModel,
+        actor: nn.Module,
+        codec: ActionCodec,
+        explore: Callable[[Tensor], Tensor] | None = None,
+    ):
         super().__init__()
-        self.world_model, self.actor, self.codec = world_model, actor, codec
+        self.world_model, self.actor, self.codec, self.explore = world_model, actor, codec, explore
         self.observation_keys = list(world_model.encoders)
         self.in_keys = [*self.observation_keys, "is_init", "previous_action", "belief", "state"]
         self.out_keys = ["action", ("next", "belief"), ("next", "state")]
@@ -152,22 +164,24 @@ class RecurrentPolicy(TensorDictModuleBase):
         rssm = self.world_model.rssm
         embed = self.world_model.encode(dict(zip(self.observation_keys, observations, strict=True)))  # [N, 1, E]
         action = self.codec.encode(previous)  # [N, 1, A]
-        rollout = rssm.observe(embed, action, is_init, belief[:, 0], rssm.from_classes(state[:, 0]))
+        rollout = rssm.observe(embed, action, is_init, *rssm.unpack(belief[:, 0], state[:, 0]))
         distribution = self.actor(rollout.feature[:, 0])
         sampled = exploration_type() in (ExplorationType.RANDOM, None)
         action = distribution.sample() if sampled else distribution.mode  # [N, A]
+        if sampled and self.explore is not None:
+            action = self.explore(action)
         tensordict["action"] = self.codec.decode(action).reshape(tensordict["previous_action"].shape)
-        tensordict["next", "belief"] = rollout.belief.to(torch.bfloat16).reshape(*shape, -1)
-        tensordict["next", "state"] = rssm.to_classes(rollout.state).reshape(*shape, -1)
+        for key, value in zip(("belief", "state"), rssm.pack(rollout.belief, rollout.state), strict=True):
+            tensordict["next", key] = value.reshape(*shape, -1)
         return tensordict
 
 
-def make_primers(rssm: RSSM) -> TensorDictPrimer:
+def make_primers(rssm: RSSM | GaussianRSSM) -> TensorDictPrimer:
     """The recurrent state of :class:`RecurrentPolicy` for an environment to carry: zeros at every reset."""
-    ids = rssm.to_classes(torch.zeros(rssm.state_size)).dtype
+    belief, state = rssm.pack(*rssm.initial(1, torch.device("cpu")))
     return TensorDictPrimer(
-        belief=Unbounded(rssm.belief_size, dtype=torch.bfloat16),
-        state=Unbounded(rssm.categoricals, dtype=ids),
+        belief=Unbounded(belief.shape[1:], dtype=belief.dtype),
+        state=Unbounded(state.shape[1:], dtype=state.dtype),
         random=False,
         default_value=0,
         expand_specs=True,
@@ -175,39 +189,49 @@ def make_primers(rssm: RSSM) -> TensorDictPrimer:
 
 
 def make_record(
-    env_spec: EnvSpec, observation_keys: Sequence[str], codec: ActionCodec, primers: TensorDictPrimer
+    env_spec: EnvSpec, observation_keys: Sequence[str], codec: ActionCodec, primers: TensorDictPrimer | None = None
 ) -> TensorDict:
-    """One record of zeros, as :class:`ToRecords` makes them: the layout of the replay."""
+    """One record of zeros, as :class:`ToRecords` makes them: the layout of the replay.
+
+    Args:
+        env_spec, observation_keys, codec: Of what a record consists.
+        primers: What environments carry and records keep; None for nothing.
+    """
     record = {key: env_spec.observation[key].zero() for key in observation_keys}
     record |= {"action": torch.zeros(codec.size), "reward": torch.zeros(1)}
     record |= {key: torch.zeros(1, dtype=torch.bool) for key in ("is_init", "terminated", "done")}
-    return TensorDict(record | {key: spec.zero() for key, spec in primers.primers.items()})
+    carried = {} if primers is None else primers.primers
+    return TensorDict(record | {key: spec.zero() for key, spec in carried.items()})
 
 
 class ToRecords:
     """Turn collected transitions into replay records; see :mod:`dreamer.replay` for what belongs to a record.
 
-    Every row gives the record of its root observation, with the action and reward that led to it, and the posterior
-    model state that the policy found there. A row that ends an episode gives a second record, of the last observation.
+    Every row gives the record of its root observation, with the action and reward that led to it, and what the policy
+    found there. A row that ends an episode gives a second record, of the last observation.
 
     Args:
-        observation_keys: What to keep of an observation.
+        observation_keys: What to keep of an observation, and what environments carry from the action that led to it.
         codec: For the actions.
+        carried: What the policy found at an observation and environments carry on; zero in a last record, where it
+            was not asked.
     """
 
-    def __init__(self, observation_keys: Sequence[str], codec: ActionCodec):
-        self.observation_keys, self.codec = tuple(observation_keys), codec
+    def __init__(
+        self, observation_keys: Sequence[str], codec: ActionCodec, carried: Sequence[str] = ("belief", "state")
+    ):
+        self.observation_keys, self.codec, self.carried = tuple(observation_keys), codec, tuple(carried)
 
     def __call__(self, batch: TensorDictBase) -> TensorDictBase:
         rows = batch.reshape(-1)  # [n]
         following = rows["next"]
         roots = self._record(rows, rows["previous_action"], rows["previous_reward"])
         roots["action"] = roots["action"] * ~rows["is_init"]  # class number 0 is no zero vector
-        roots.update({"is_init": rows["is_init"], "belief": following["belief"], "state": following["state"]})
+        roots.update({"is_init": rows["is_init"]} | {key: following[key] for key in self.carried})
         ends = following["done"].squeeze(-1).nonzero().squeeze(-1)  # [m]
         final = following[ends]
         lasts = self._record(final, rows["action"][ends], final["reward"])
-        lasts.update({key: torch.zeros_like(roots[key][ends]) for key in ("is_init", "belief", "state")})
+        lasts.update({key: torch.zeros_like(roots[key][ends]) for key in ("is_init", *self.carried)})
         lasts.update(final.select("terminated", "done"))
         order = torch.cat([torch.arange(len(rows)) * 2, ends * 2 + 1])  # a last record follows its row
         order = order + rows.shape[0] * 2 * torch.cat([rows["stream"], rows["stream"][ends]]).squeeze(-1)

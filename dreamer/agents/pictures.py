@@ -7,9 +7,11 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from dreamer.agents import Media
-from dreamer.models.rssm import Rollout
-from objectives import ImaginedActorCriticLoss, WorldModelLoss
-from objectives.functional import categorical_entropy, categorical_kl, twohot_mean
+from dreamer.models import gaussian_rssm, rssm
+from objectives import DynamicsActorValueLoss, ImaginedActorCriticLoss, WorldModelLoss
+
+Rollout = rssm.Rollout | gaussian_rssm.Rollout
+ActorCriticLoss = ImaginedActorCriticLoss | DynamicsActorValueLoss
 
 ROWS = 4  # sequences shown
 COLUMNS = 8  # time steps of a still picture
@@ -18,7 +20,7 @@ IMAGINED_STEPS = 15
 
 
 @torch.no_grad()
-def make_media(model: WorldModelLoss, actor_critic: ImaginedActorCriticLoss, batch: TensorDictBase) -> Media:
+def make_media(model: WorldModelLoss, actor_critic: ActorCriticLoss, batch: TensorDictBase) -> Media:
     """Show a replay sample, what the model makes of it, and what it imagines from the fifth step on.
 
     Args:
@@ -40,7 +42,7 @@ def make_media(model: WorldModelLoss, actor_critic: ImaginedActorCriticLoss, bat
     length = min(steps, CONTEXT_STEPS + IMAGINED_STEPS)
     context = min(CONTEXT_STEPS, length // 2)
     rows = choose_sequences(batch["is_init"][:, :length])
-    batch, rollout = batch[rows], Rollout(*(part[rows] for part in rollout))
+    batch, rollout = batch[rows], type(rollout)(*(part[rows] for part in rollout))
     real = batch["pixels"].float() / 255  # [B, T, h, w, 3]
     reconstructed = model.decode_pixels(rollout.feature)
     recorded = batch["action"][:, context:length]
@@ -64,20 +66,16 @@ def make_media(model: WorldModelLoss, actor_critic: ImaginedActorCriticLoss, bat
 
 
 def make_histograms(
-    model: WorldModelLoss, actor_critic: ImaginedActorCriticLoss, batch: TensorDictBase, rollout: Rollout
+    model: WorldModelLoss, actor_critic: ActorCriticLoss, batch: TensorDictBase, rollout: Rollout
 ) -> dict[str, Tensor]:
     """Values to count, flat: entropies of each latent, KL of each step, nats; replayed actions and rewards; values."""
-    prior, posterior = (logits.unsqueeze(-2) for logits in (rollout.prior_logits, rollout.posterior_logits))
     keys = model.tensor_keys
-    values = {
-        "histograms/prior_entropy": categorical_entropy(prior),  # [B, T, S]
-        "histograms/posterior_entropy": categorical_entropy(posterior),
-        "histograms/kl": categorical_kl(rollout.posterior_logits, rollout.prior_logits),  # [B, T]
-        "histograms/action": batch[keys.action],
-        "histograms/reward": batch[keys.reward],
-        "histograms/value": twohot_mean(actor_critic.critic(rollout.feature), actor_critic.bins),
+    values = model.latent_statistics(rollout) | {
+        "action": batch[keys.action],
+        "reward": batch[keys.reward],
+        "value": actor_critic.value(rollout.feature),
     }
-    return {name: value.flatten().float() for name, value in values.items()}
+    return {f"histograms/{name}": value.flatten().float() for name, value in values.items()}
 
 
 def choose_sequences(is_init: Tensor) -> Tensor:

@@ -137,6 +137,14 @@ class RSSM(nn.Module):
         """Invert :meth:`to_classes`: class ids [..., S] to one-hots [..., Z] float32."""
         return F.one_hot(ids.long(), self.classes).flatten(-2).float()
 
+    def pack(self, belief: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """What environments carry and the replay keeps of a model state: belief bfloat16 and class ids."""
+        return belief.bfloat16(), self.to_classes(state)
+
+    def unpack(self, belief: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Invert :meth:`pack`, but for what bfloat16 cannot hold."""
+        return belief.float(), self.from_classes(ids)
+
     def observe(
         self,
         embed: Tensor,

@@ -227,7 +227,7 @@ def test_settings_survive_a_resume():
     after.load_state_dict(copy.deepcopy(before.state_dict()))
     group = after.optimizer.param_groups[0]
     assert (group["lr"], group["step"]) == (0.2, 1)
-    assert set(after.settings) == set(group) & set(OPTIMIZATION), "a setting that a resume would take over"
+    assert after.settings >= set(group) & set(OPTIMIZATION), "a setting that a resume would take over"
 
 
 class TestPrecision:

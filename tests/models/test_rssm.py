@@ -170,6 +170,14 @@ class TestLatents:
         assert state[0].tolist() == [1, 0, 0, 0, 0, 0, 0, 1, 0, 1, 0, 0]
         assert torch.equal(rssm.to_classes(state), ids) and rssm.to_classes(state).dtype == torch.uint8
 
+    def test_packed_states_come_back_but_for_the_precision_of_the_belief(self):
+        rssm, belief = make_rssm(), torch.tensor([[0.5, -1.0, 1 + 2**-10]])
+        state = rssm.from_classes(torch.tensor([[0, 3, 1]]))
+        packed = rssm.pack(belief, state)
+        assert [part.dtype for part in packed] == [torch.bfloat16, torch.uint8] and packed[1].tolist() == [[0, 3, 1]]
+        unpacked = rssm.unpack(*packed)
+        assert unpacked[0].tolist() == [[0.5, -1.0, 1.0]] and torch.equal(unpacked[1], state)
+
     def test_more_than_256_classes_do_not_wrap_around(self):
         rssm = make_rssm(classes=300)
         ids = torch.tensor([[0, 299, 256]], dtype=torch.int16)
