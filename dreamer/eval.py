@@ -52,7 +52,8 @@ def main() -> None:
 @hydra.main(config_path="../configs", config_name="eval", version_base="1.3")
 def run_program(cfg: DictConfig) -> None:
     """Evaluate, print a table and write ``eval.json``."""
-    evaluate(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    evaluate(config, prepare(config))
 
 
 def offer_environment(arguments: Sequence[str]) -> None:
@@ -95,21 +96,34 @@ def check_plain(name: str, value: Any) -> None:
         raise ValueError(f"saved {name}={value!r}: a saved configuration has no interpolations")
 
 
-def evaluate(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Evaluate with a plain configuration; see ``configs/eval.yaml``.
+def prepare(config: Mapping[str, Any]) -> Acting:
+    """Load what acts; nothing is written.
 
-    Returns:
-        What was written to ``eval.json``.
+    Args:
+        config: Plain; see ``configs/eval.yaml``.
 
     Raises:
         ValueError: for settings that make no sense, or an environment that the weights cannot act in.
     """
     check(config)
-    run, device = Path(config["run"]), choose_device(config["device"])
-    acting = load_acting(run, checkpoint=str(config["checkpoint"]), device=device)
-    env, saved = config["env"], saved_environment(read_description(run))
-    check_trust(env["name"], saved["name"], config["trust"])
+    run, env = Path(config["run"]), config["env"]
+    acting = load_acting(run, checkpoint=str(config["checkpoint"]), device=choose_device(config["device"]))
+    check_trust(env["name"], saved_environment(read_description(run))["name"], config["trust"])
     check_fits(env, acting)
+    return acting
+
+
+def evaluate(config: Mapping[str, Any], acting: Acting) -> dict[str, Any]:
+    """Run the episodes of a configuration.
+
+    Args:
+        config: Plain; see ``configs/eval.yaml``.
+        acting: From :func:`prepare`.
+
+    Returns:
+        What was written to ``eval.json``.
+    """
+    run, env = Path(config["run"]), config["env"]
     out = Path(config["out"] or run)
     out.mkdir(parents=True, exist_ok=True)
     seed = acting.description["seed"] if config["seed"] is None else config["seed"]
@@ -119,10 +133,10 @@ def evaluate(config: Mapping[str, Any]) -> dict[str, Any]:
         "frames": acting.frames,
         "agent": acting.description["agent"]["name"],
         "env": env,
-        "as_trained": env == saved,
+        "as_trained": env == saved_environment(read_description(run)),
         "seed": seed,
         "num_envs": min(config["num_envs"], config["episodes"]),
-        "device": str(device),
+        "device": str(choose_device(config["device"])),
         "versions": describe_versions(),
         "results": {},
     }

@@ -40,7 +40,7 @@ DESCRIPTION, WEIGHTS = "policy.json", "policy.safetensors"
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.uint8, torch.int64, torch.float32, torch.bool)}
 LARGEST = 2**28  # elements of an observation or choices of an action
 EAGER = {"autocast": False, "compile": {"enabled": False}, "cudagraph": False}  # settings of a learner that never runs
-NOT_FOR_ACTING = ("decoders", "reward_head", "continue_head")  # parts of a world model
+NOT_FOR_ACTING = ("decoder", "decoders", "reward_head", "continue_head")  # parts of a world model
 BOOKKEEPING = ("is_init", "previous_action", "previous_reward", "stream")  # of an environment; no observations
 
 
@@ -346,12 +346,13 @@ class Policy:
             yield
             self._random = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda)]
 
-    def _carried(self) -> list[str]:
-        return [] if self.acting.primers is None else list(self.acting.primers.primers.keys())
+    def _carried(self) -> dict[str, TensorSpec]:
+        """What the policy writes for its next step; what explores in its place may carry more."""
+        primers = {} if self.acting.primers is None else self.acting.primers.primers
+        return {key: spec for key, spec in primers.items() if ("next", key) in self.acting.policy.out_keys}
 
     def _first_state(self, shape: torch.Size) -> TensorDict:
-        primers = {} if self.acting.primers is None else dict(self.acting.primers.primers.items())
-        state = {key: spec.zero(shape) for key, spec in primers.items()}
+        state = {key: spec.zero(shape) for key, spec in self._carried().items()}
         state |= {"previous_action": self.spec.action.zero(shape), "is_init": torch.ones(*shape, 1, dtype=torch.bool)}
         return TensorDict(state, shape, device=self.device)
 

@@ -35,11 +35,23 @@ class Curve(NamedTuple):
         frames: [N].
         values: [N].
         lost: Number of values that were not finite.
+        steps: [N], frames plus updates, where learning went on while the frames stood still.
     """
 
     frames: np.ndarray
     values: np.ndarray
     lost: int = 0
+    steps: np.ndarray | None = None
+
+    @property
+    def x(self) -> np.ndarray:
+        """Where to draw the values, [N]."""
+        return self.frames if self.steps is None else self.steps
+
+    @property
+    def unit(self) -> str:
+        """Of `x`."""
+        return "frames" if self.steps is None else "frames + updates"
 
     def last(self) -> float | None:
         """The newest value, None if there is none."""
@@ -53,7 +65,7 @@ class Curve(NamedTuple):
 class Histogram(NamedTuple):
     """Counts [n] between edges [n + 1]."""
 
-    frames: int
+    x: int
     edges: np.ndarray
     counts: np.ndarray
 
@@ -62,7 +74,7 @@ class Media(NamedTuple):
     """One video or image."""
 
     name: str
-    frames: int
+    x: int
     path: Path
 
 
@@ -116,9 +128,25 @@ class RunData:
         return int(curve.frames.max()) if len(curve.frames) else 0
 
     @property
+    def source(self) -> str:
+        """The run whose frames this one learns from, which collects none; empty for any other."""
+        text = self.config.get("agent.source", "null")
+        return "" if text == "null" or self.frames else text
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether learning went on while the frames stood still."""
+        return self.curve("seconds").steps is not None
+
+    @property
+    def unit(self) -> str:
+        """What pictures are drawn over."""
+        return self.curve("seconds").unit
+
+    @property
     def total_frames(self) -> int:
-        """Frames that the run was meant for, 0 if unknown."""
-        text = self.config.get("collector.total_frames", "")
+        """Frames that the run was meant for, 0 if unknown or none."""
+        text = "0" if self.source else self.config.get("collector.total_frames", "")
         return int(text) if re.fullmatch(r"\d{1,15}", text) else 0
 
     @property
@@ -133,7 +161,8 @@ class RunData:
     def status(self) -> str:
         """ "finished", "interrupted", "failed", "running" or "unfinished"."""
         ends = [entry["kind"] for entry in self.incidents if entry.get("kind") in (*ENDS, "resume")]
-        if self.total_frames and self.frames >= self.total_frames:
+        full = self.frames >= self.total_frames if self.total_frames else bool(self.source)
+        if full and not (self.stands_still and ends and ends[-1] in ENDS):
             return "finished"
         if ends and ends[-1] in ENDS:
             return ENDS[ends[-1]]
@@ -242,24 +271,28 @@ def _is_frames(value: Any) -> bool:
 
 
 def _read_metrics(path: Path) -> dict[str, Curve]:
-    columns: dict[str, tuple[array, array]] = {}
+    columns: dict[str, tuple[array, array, array]] = {}
     lost: dict[str, int] = {}
     for entry in _read_lines(path):
         frames = entry.pop("frames", None)
-        if not _is_frames(frames):
+        step = entry.pop("step", frames)
+        if not _is_frames(frames) or not _is_frames(step):
             continue
         for name, value in entry.items():
             kind = type(value)
             if (kind is float or kind is int) and abs(value) < HUGE:
                 if (column := columns.get(name)) is None:
-                    column = columns[name] = (array("d"), array("d"))
-                column[0].append(frames)
-                column[1].append(value)
+                    column = columns[name] = (array("d"), array("d"), array("d"))
+                for part, number in zip(column, (frames, value, step), strict=True):
+                    part.append(number)
             elif value is None or kind is float or kind is int:
                 lost[name] = lost.get(name, 0) + 1
     names = [*columns, *(name for name in lost if name not in columns)]
-    empty = (array("d"), array("d"))
-    return {name: Curve(*map(np.array, columns.get(name, empty)), lost.get(name, 0)) for name in names}
+    curves = {}
+    for name in names:
+        frames, values, steps = map(np.array, columns.get(name, ((), (), ())))
+        curves[name] = Curve(frames, values, lost.get(name, 0), None if np.array_equal(steps, frames) else steps)
+    return curves
 
 
 def _read_histograms(path: Path, folder: Path) -> dict[str, list[Histogram]]:
@@ -269,8 +302,9 @@ def _read_histograms(path: Path, folder: Path) -> dict[str, list[Histogram]]:
             edges, counts = np.array(entry["edges"], dtype=float), np.array(entry["counts"], dtype=float)
             ascend = edges.ndim == 1 and (np.abs(edges) < HUGE).all() and (np.diff(edges) > 0).all()
             fit = counts.shape == (len(edges) - 1,) and len(counts) and (np.abs(counts) < HUGE).all()
-            if ascend and fit and _is_frames(entry["frames"]):
-                found.setdefault(str(entry["name"]), []).append(Histogram(entry["frames"], edges, counts))
+            x = entry.get("step", entry["frames"])
+            if ascend and fit and _is_frames(x):
+                found.setdefault(str(entry["name"]), []).append(Histogram(x, edges, counts))
     return found
 
 
@@ -280,7 +314,7 @@ def _list_media(folder: Path, kind: str, suffix: str) -> dict[str, list[Media]]:
         match = re.fullmatch(r"(.+)_(\d{9,15})", path.stem, re.DOTALL)
         if match and is_inside(folder, path):
             found.setdefault(match[1], []).append(Media(match[1], int(match[2]), path))
-    return {name: sorted(found[name], key=lambda media: media.frames) for name in sorted(found)}
+    return {name: sorted(found[name], key=lambda media: media.x) for name in sorted(found)}
 
 
 def _list_checkpoints(folder: Path) -> list[Checkpoint]:

@@ -65,16 +65,16 @@ class Band(NamedTuple):
 
 
 def thin(curve: Curve, points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """Frames and values of a curve, ascending; of more than `points` the means in as many equal intervals."""
-    frames, values = curve.frames, curve.values
-    if len(frames) <= points:
-        order = np.argsort(frames, kind="stable")
-        return frames[order], values[order]
-    span = max(frames.max() - frames.min(), 1)
-    index = ((frames - frames.min()) / span * (points - 1e-9)).astype(int)
+    """`x` and values of a curve, ascending; of more than `points` the means in as many equal intervals."""
+    x, values = curve.x, curve.values
+    if len(x) <= points:
+        order = np.argsort(x, kind="stable")
+        return x[order], values[order]
+    span = max(x.max() - x.min(), 1)
+    index = ((x - x.min()) / span * (points - 1e-9)).astype(int)
     counts = np.bincount(index)
     used = counts > 0
-    return (np.bincount(index, frames)[used] / counts[used], np.bincount(index, values)[used] / counts[used])
+    return (np.bincount(index, x)[used] / counts[used], np.bincount(index, values)[used] / counts[used])
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -96,22 +96,25 @@ def robust_limits(values: np.ndarray) -> tuple[float, float]:
 
 
 def draw_metric(curve: Curve, colour: str = COLOURS[0]) -> str:
-    """A small picture of one metric; values beyond the axis are drawn at its edge."""
+    """A small picture of one metric; values beyond the axis are drawn at its edge.
+
+    It begins at nought, but where it begins itself if frames stood still: a stage may be a small part of the run.
+    """
 
     def draw(axis: Axes) -> None:
         frames, values = thin(curve)
         low, high = robust_limits(values)
-        if len(frames) == 1:
-            _dots(axis, frames, values, colour)
+        if frames[0] == frames[-1]:
+            _dots(axis, frames, np.clip(values, low, high), colour)
         else:
             axis.plot(frames, np.clip(values, low, high), color=colour)
         axis.set_ylim(low, high)
 
-    return _svg(draw, SMALL, curve.frames.max())
+    return _svg(draw, SMALL, _span(curve))
 
 
 def draw_returns(episodes: Curve, mean: Curve, deviation: Curve, random: float | None, total_frames: int) -> str:
-    """Returns over frames: of episodes, their running mean, evaluations with their deviation, random actions."""
+    """Returns: of episodes, their running mean, evaluations with their deviation, random actions."""
 
     def draw(axis: Axes) -> None:
         if len(episodes.frames):
@@ -130,9 +133,8 @@ def draw_returns(episodes: Curve, mean: Curve, deviation: Curve, random: float |
             axis.axhline(random, color=MUTED, lw=1, ls=(0, (4, 3)))
         _set_return_limits(axis)
 
-    return _svg(
-        draw, WIDE, max([total_frames, *(curve.frames.max() for curve in (episodes, mean) if len(curve.frames))])
-    )
+    first, last = zip(*(_span(curve) for curve in (episodes, mean) if len(curve.x)), strict=True)
+    return _svg(draw, WIDE, (min(first), max([total_frames, *last])))
 
 
 def draw_bands(bands: Sequence[Band], size: tuple[int, int] = SMALL) -> str:
@@ -152,14 +154,14 @@ def draw_bands(bands: Sequence[Band], size: tuple[int, int] = SMALL) -> str:
                 _dots(axis, frames, np.asarray(band.values), band.colour)
         _set_return_limits(axis)
 
-    return _svg(draw, size, max(max(band.frames) for band in bands))
+    return _svg(draw, size, (0, max(1, *(max(band.frames) for band in bands))))
 
 
 def draw_histograms(histograms: Sequence[Histogram]) -> str:
-    """Shares over frames and values: the stronger the colour, the more."""
+    """Shares over `x` and values: the stronger the colour, the more."""
     low, high = min(item.edges[0] for item in histograms), max(item.edges[-1] for item in histograms)
     edges = np.linspace(low, high, BINS + 1)
-    frames = np.array([item.frames for item in histograms], dtype=float)
+    frames = np.array([item.x for item in histograms], dtype=float)
     first, last = frames.min(), max(frames.max(), frames.min() + 1)
     at = np.linspace(first, last, COLUMNS)
     nearest = np.abs(frames[None] - at[:, None]).argmin(1)
@@ -204,16 +206,22 @@ def short_number(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}g}" if abs(value) >= 1e-12 else "0"
 
 
-def _svg(draw: Callable[[Axes], None], size: tuple[int, int], last: float | None) -> str:
-    """Let `draw` fill the axes of a new figure, frames from nought to `last`, and return the SVG element."""
+def _span(curve: Curve) -> tuple[float, float]:
+    """From where to where a curve is drawn."""
+    first = 0.0 if curve.steps is None else float(curve.x.min())
+    return first, max(float(curve.x.max()), first + 1)
+
+
+def _svg(draw: Callable[[Axes], None], size: tuple[int, int], span: tuple[float, float] | None) -> str:
+    """Let `draw` fill the axes of a new figure, with `span` as its first and last `x`, and return the SVG element."""
     width, height = size
     with rc_context(STYLE):
         figure = Figure(figsize=(width / 72, height / 72))
         left, bottom = 46 / width, 20 / height
         axis = figure.add_axes((left, bottom, 1 - left - 10 / width, 1 - bottom - 8 / height))
         draw(axis)
-        if last is not None:
-            axis.set_xlim(0, max(last, 1))
+        if span is not None:
+            axis.set_xlim(*span)
         for side, count in ((axis.xaxis, width // 95), (axis.yaxis, height // 40)):
             side.set_major_locator(MaxNLocator(max(count, 2)))
             side.set_major_formatter(FuncFormatter(lambda value, _: short_number(value, 6)))

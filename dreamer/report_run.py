@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dreamer.console import duration
-from dreamer.report_data import Curve, Media, RunData, is_inside
+from dreamer.report_data import EMPTY, Curve, Media, RunData, is_inside
 from dreamer.report_figures import SERIES, draw_histograms, draw_metric, draw_returns, short_number
 from dreamer.report_page import escape, facts, figure, grid, legend, medium, section, table
 
@@ -92,10 +92,11 @@ def show_head(run: RunData) -> str:
     random = run.curve("eval/random_return_mean").last()
     entries += [("Random actions", number(random), "return")] * (random is not None)
     share = f"of {run.total_frames:,}" if run.total_frames else ""
-    entries += [("Frames", f"{run.frames:,}", share), ("Time", duration(run.seconds), "")]
+    frames = ("no frames", f"learns from {run.source}") if run.source else (f"{run.frames:,}", share)
+    entries += [("Frames", *frames), ("Time", duration(run.seconds), "")]
     updates, speed = run.curve("trainer/updates").last(), run.frames / run.seconds if run.seconds else math.nan
     entries += [("Updates", f"{updates or 0:,.0f}", "")] * (updates is not None)
-    entries += [("Speed", short_number(speed), "frames per second")] * math.isfinite(speed)
+    entries += [("Speed", short_number(speed), "frames per second")] * (math.isfinite(speed) and not run.source)
     entries += [("Incidents", str(len(run.incidents)), "")] * bool(run.incidents)
     return (
         f"<h1>{escape(name_run(run))}</h1>"
@@ -108,7 +109,7 @@ def evaluated(curve: Curve, pick: str) -> tuple[str, str]:
     if not len(curve.values):
         return "-", ""
     index = int(curve.values.argmax()) if pick == "best" else -1
-    return number(float(curve.values[index])), f"at {int(curve.frames[index]):,} frames"
+    return number(float(curve.values[index])), f"at {int(curve.x[index]):,} {curve.unit}"
 
 
 def show_returns(run: RunData) -> str:
@@ -124,8 +125,16 @@ def show_returns(run: RunData) -> str:
         entries.append(("c1", "evaluation, mean ± standard deviation over episodes"))
     if random is not None:
         entries.append(("muted", f"random actions, mean {number(random)}"))
-    picture = draw_returns(episodes, evaluation, run.curve("eval/return_std"), random, run.total_frames)
-    return legend(entries) + figure(picture, wide=True) + '<p class="note">Return over environment frames.</p>'
+    pairs = [(episodes, evaluation)]
+    if run.stands_still:  # episodes are collected before the rest is learned
+        pairs = [(episodes, EMPTY), (EMPTY, evaluation)]
+    total, deviation = 0 if run.stands_still else run.total_frames, run.curve("eval/return_std")
+    pictures = [
+        figure(draw_returns(*pair, deviation, random, total), wide=True)
+        for pair in pairs
+        if any(len(curve.x) for curve in pair)
+    ]
+    return legend(entries) + "".join(pictures) + paragraph(f"Return over environment {run.unit}.")
 
 
 def show_evaluation(run: RunData) -> str:
@@ -160,7 +169,9 @@ def show_media(run: RunData) -> str:
     for media in newest:
         size, content = media.path.stat().st_size, ""
         if size <= room:
-            content = medium(media.path, media.name.replace("_", " "), caption(media), large=is_important(media))
+            content = medium(
+                media.path, media.name.replace("_", " "), caption(media, run.unit), large=is_important(media)
+            )
         room -= size if content else 0
         (shown if content else left_out).append(
             content or f"{media.path.parent.name}/{media.path.name} ({bytes_text(size)})"
@@ -174,9 +185,9 @@ def is_important(media: Media) -> bool:
     return any(part in media.name for part in IMPORTANT)
 
 
-def caption(media: Media) -> str:
+def caption(media: Media, unit: str) -> str:
     """What is to be seen, and when it was made."""
-    return f"{CAPTIONS.get(media.name, '')} At {media.frames:,} frames.".strip()
+    return f"{CAPTIONS.get(media.name, '')} At {media.x:,} {unit}.".strip()
 
 
 def show_config(run: RunData, defaults: Mapping[str, str] | None) -> str:
@@ -208,7 +219,8 @@ def show_losses(run: RunData) -> str:
     lost = [f"{name} ({run.metrics[name].lost})" for name in names if run.metrics[name].lost]
     note = f"Values that were not finite, left out: {', '.join(lost)}." if lost else ""
     more = f"{len(names) - METRICS} more metrics are in metrics.jsonl." if len(names) > METRICS else ""
-    return "".join(parts) + paragraph(f"{note} {more}".strip())
+    over = f"To the right: {run.unit}, of each metric from its first to its last." if run.stands_still and parts else ""
+    return "".join(parts) + paragraph(" ".join(filter(None, (over, note, more))))
 
 
 def show_metrics(run: RunData, names: Iterable[str], prefix: str = "", *, mean: bool = False) -> str:
@@ -234,10 +246,10 @@ def show_time(run: RunData) -> str:
     """Shares of the time over the whole run; each line of metrics counts as long as it took."""
     clock, totals = run.curve("seconds"), {}
     for name in [name for name in run.metrics if name.startswith("time/")]:
-        frames, values, _ = run.metrics[name]
-        if len(frames) and len(clock.frames):
-            spans = np.diff(np.interp(frames, clock.frames, clock.values), prepend=0)
-            totals[name.removeprefix("time/")] = float((values.clip(0) * spans.clip(0)).sum())
+        curve = run.metrics[name]
+        if len(curve.x) and len(clock.x):
+            spans = np.diff(np.interp(curve.x, clock.x, clock.values), prepend=0)
+            totals[name.removeprefix("time/")] = float((curve.values.clip(0) * spans.clip(0)).sum())
     whole = sum(totals.values())
     if not 0 < whole < math.inf:
         return ""
@@ -252,11 +264,11 @@ def show_time(run: RunData) -> str:
 
 
 def show_histograms(run: RunData) -> str:
-    """Heat maps over frames."""
+    """Heat maps."""
     names = list(run.histograms)[:METRICS]
     maps = [figure(draw_histograms(run.histograms[name]), name.removeprefix("histograms/")) for name in names]
-    note = "Values upwards, frames to the right; the stronger the colour, the larger the share." if maps else ""
-    return grid(maps) + paragraph(note)
+    note = f"Values upwards, {run.unit} to the right; the stronger the colour, the larger the share."
+    return grid(maps) + paragraph(note if maps else "")
 
 
 def show_incidents(run: RunData) -> str:

@@ -17,7 +17,7 @@ from dreamer.checkpoint_files import Damaged
 from dreamer.evaluation import preserve_rng
 from dreamer.policy import DESCRIPTION, WEIGHTS, Policy, load_agent, main, read_description
 from envs import make_env
-from tests.dreamer.saved_policies import PIXELS, SMALL, save_run
+from tests.dreamer.saved_policies import OTHERS, PIXELS, SMALL, save_run
 from tests.helpers import compose_config, differing, snapshot
 
 ROOT = Path(__file__).parents[2]
@@ -36,9 +36,9 @@ def run(tmp_path_factory):
     return folder
 
 
-def play(agent, *overrides: str, steps: int = 24, seed: int = 3) -> list[TensorDict]:
+def play(agent, *overrides: str, base=SMALL, steps: int = 24, seed: int = 3) -> list[TensorDict]:
     """What the training policy sees and does over several episodes, with its own random numbers."""
-    env = make_env(**compose_config(*SMALL, *overrides)["env"])
+    env = make_env(**compose_config(*base, *overrides)["env"])
     env.append_transform(agent.primers.clone())
     seen = []
     with preserve_rng(seed):
@@ -85,6 +85,19 @@ class TestActs:
         assert sum(path.stat().st_size for path in (tmp_path / "exported").iterdir()) < 0.8 * whole
         assert not differing(snapshot(exported.acting.policy), snapshot(policy.acting.policy))
         assert exported.acting.frames == 100
+
+    @pytest.mark.parametrize("name", OTHERS)
+    def test_other_agents(self, name, tmp_path):
+        """With what each of them carries from step to step, or nothing."""
+        base = ("env=mock", *OTHERS[name])
+        agent = save_run(tmp_path / "run", base=base)
+        seen = play(agent, base=base)
+        expected = as_answers(seen)
+        assert sum(step["is_init"].item() for step in seen) == 3 and len({str(action) for action in expected}) > 2
+        policy = Policy.load(tmp_path / "run", seed=3)
+        exported = Policy.load(policy.export(tmp_path / "exported"), seed=3)
+        assert [action.tolist() for action in follow(policy, seen)] == expected
+        assert [action.tolist() for action in follow(exported, seen)] == expected
 
     def test_class_numbers(self, tmp_path):
         """An action spec that counts the choices; class 0 is no zero vector, but none at a reset."""

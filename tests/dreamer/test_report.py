@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -316,12 +317,55 @@ def test_runs_with_other_settings_are_other_methods(tmp_path):
     assert "seed=" not in page.text
 
 
+class TestLearningWhileFramesStandStill:
+    def lines(self, frames):
+        """Frames if there are some, then 20 updates with an evaluation every five."""
+        collected = [{"frames": n, "seconds": n / 10, "episode/return": 1.0} for n in range(100, frames + 1, 100)]
+        learned = [
+            {"frames": frames, "step": frames + n, "seconds": frames / 10 + n, "vae/loss": 1.0 / n, "time/update": 1.0}
+            | ({"eval/return_mean": float(n)} if n % 5 == 0 else {})
+            for n in range(1, 21)
+        ]
+        return collected + learned
+
+    def test_curves_go_on(self, tmp_path):
+        histogram = {"frames": 1000, "name": "histograms/z", "edges": [0, 1, 2], "counts": [3, 1]}
+        histograms = lines_of(*(histogram | {"step": 1000 + n} for n in (1, 9)))
+        folder = make_run(tmp_path / "run", lines=self.lines(1000), histograms__jsonl=histograms)
+        (folder / "images").mkdir()
+        (folder / "images/vae_frames_000001020.png").write_bytes(PNG)
+        page, run = Page(write_report([folder])).check(), read_run(folder)
+        assert run.frames == 1000 and set(run.curve("vae/loss").frames) == {1000} and "step" not in run.metrics
+        assert run.curve("vae/loss").x.tolist() == list(range(1001, 1021))
+        assert [item.x for item in run.histograms["histograms/z"]] == [1001, 1009]
+        assert run.status == "finished" and "20at 1,020 frames + updates" in page.text
+        assert "Return over environment frames + updates." in page.text and "At 1,020 frames + updates." in page.text
+        small = page.raw[page.raw.index("<span>loss</span>") :]
+        ends = [float(x) for x in re.findall(r"[ML] ([\d.]+) ", re.search(r'd="(M [^"]*)" style="[^"]*--c0', small)[1])]
+        assert ends[0] == pytest.approx(46, abs=1) and ends[-1] == pytest.approx(290, abs=1), "the whole width"
+
+    def test_frames_of_another_run(self, tmp_path):
+        config = CONFIG | {"agent": {"name": "world_models", "source": "runs/other"}}
+        run = make_run(tmp_path / "run", lines=self.lines(0), config=config)
+        page = Page(write_report([run])).check()
+        assert "no frameslearns from runs/other" in page.text and "frames per second" not in page.text
+        assert "of 1,000" not in page.text and read_run(run).status == "finished"
+
+    def test_interrupted_after_the_last_frame(self, tmp_path):
+        run = make_run(tmp_path / "run", lines=self.lines(1000), incidents__jsonl=lines_of({"kind": "signal"}))
+        assert read_run(run).status == "interrupted"
+
+    def test_other_runs_are_as_ever(self, tmp_path):
+        page = Page(write_report([make_run(tmp_path / "run")])).check()
+        assert "updates" not in page.text and "Return over environment frames." in page.text
+
+
 @pytest.mark.slow
 def test_long_run_stays_small(tmp_path):
     rng = np.random.default_rng(0)
     names = [f"wm/metric_{index}" for index in range(40)]
     with open((make_run(tmp_path / "run")) / "metrics.jsonl", "w") as file:
-        for frames in range(50_000):
+        for frames in range(20_000):
             noise = dict(zip(names, rng.normal(size=40).tolist(), strict=True))
             file.write(json.dumps({"frames": frames, "seconds": frames, "episode/return": 1.0, **noise}) + "\n")
     path = write_report([tmp_path / "run"])
