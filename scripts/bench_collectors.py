@@ -116,6 +116,7 @@ def make_rival(args: argparse.Namespace, config: dict[str, Any], mode: str, work
 
 
 def round_up(value: int, unit: int) -> int:
+    """The next multiple of a unit."""
     return -(-value // unit) * unit
 
 

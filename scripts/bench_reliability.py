@@ -221,6 +221,7 @@ def find_missed(figures: Mapping[str, Any], targets: Mapping[str, Any]) -> list[
 
 
 def meets(figure: Any, target: Any) -> bool:
+    """Whether a figure is the target, or within its limit."""
     return figure <= target.limit if isinstance(target, AtMost) else figure == target
 
 
@@ -240,6 +241,7 @@ def measure(name: str, fault: Fault, folder: Path) -> dict[str, Any]:
 
 
 def print_row(row: Mapping[str, Any]) -> None:
+    """Say how a fault ended."""
     verdict = f"MISSED {'; '.join(row['missed'])}" if row["missed"] else "met" if row["targets"] else "measured"
     print(f"{row['fault']}: {verdict}  [{row['seconds']:.0f} s]")
     print(f"    {', '.join(f'{name} {spell(value)}' for name, value in row['figures'].items())}", flush=True)

@@ -69,7 +69,7 @@ def make_ours(args: argparse.Namespace, downsample: str, mode: str) -> Contender
         **knobs,
     )
     settings = config["replay_buffer"] | {"batch_size": args.batch, "sequence_length": args.length}
-    del settings["size"]
+    del settings["size"], settings["batch_unit"]
     replay = SequenceReplay(agent.record, capacity=args.records, num_streams=1, device=device, **settings)
     records = agent.record.expand(EPISODE).clone()
     records["pixels"].random_(256)
@@ -113,6 +113,7 @@ def make_rival(args: argparse.Namespace, mode: str) -> Contender:
 
 
 def count_parameters(loss: torch.nn.Module) -> int:
+    """Numbers that are trained."""
     return sum(p.numel() for p in loss.parameters() if p.requires_grad)
 
 
@@ -128,6 +129,7 @@ def measure(contenders: list[Contender], repeats: int, warmup: int, device: str)
 
 
 def read_clock(device: str) -> float:
+    """Seconds: of the processor, or on a GPU until its work is done."""
     if device == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()

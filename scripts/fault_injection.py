@@ -124,7 +124,7 @@ def repeat(folder: Path, signals: Sequence[int], settings: Sequence[str]) -> Fig
         signals: Each comes after a new checkpoint.
         settings: Overrides; {run_dir} stands for the run folder.
     """
-    settings = ("collector.total_frames=512", "checkpoint.interval=96", *settings)
+    settings = ("collector.total_frames=320", "checkpoint.interval=64", *settings)
     whole, parts = folder / "whole", folder / "parts"
     run(whole, *fill_in(settings, whole))
     for sign in signals:
@@ -142,6 +142,7 @@ def repeat(folder: Path, signals: Sequence[int], settings: Sequence[str]) -> Fig
 
 
 def fill_in(settings: Sequence[str], run_dir: Path) -> list[str]:
+    """Settings with the run folder in its place."""
     return [text.replace("{run_dir}", str(run_dir)) for text in settings]
 
 

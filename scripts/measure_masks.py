@@ -88,6 +88,7 @@ def measure(domain: str, task: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def percent(share: float | None) -> str:
+    """A share for the table."""
     return "–" if share is None else f"{100 * share:.1f}"
 
 

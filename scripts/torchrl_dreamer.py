@@ -65,6 +65,8 @@ class Float32(nn.Module):
 
 
 class Symlog(nn.Module):
+    """x -> sign(x) ln(1 + |x|)."""
+
     def forward(self, x: Tensor) -> Tensor:
         return symlog(x)
 

@@ -12,9 +12,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from dreamer.eval import evaluate, offer_environment
+from dreamer.eval import evaluate, offer_environment, prepare
 from dreamer.policy import main as export_policy
-from tests.dreamer.saved_policies import PIXELS, save_run
+from tests.dreamer.saved_policies import OTHERS, PIXELS, save_run
 from tests.helpers import CONFIGS, make_run
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,7 @@ def run_eval(run_dir: Path, *overrides: str) -> dict:
     offer_environment(overrides)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = OmegaConf.to_container(compose("eval", overrides=list(overrides)), resolve=True)
-    report = evaluate(config)
+    report = evaluate(config, prepare(config))
     written = json.loads((Path(config["out"] or run_dir) / "eval.json").read_text())
     assert written == json.loads(json.dumps(report))
     return written
@@ -76,6 +76,13 @@ class TestReturns:
         assert result["min"] == min(result["returns"]) <= result["iqm"] <= result["max"]
         assert not report["as_trained"] and report["env"]["frame_skip"] == 2
         assert not (saved / "eval.json").exists()
+
+    @pytest.mark.parametrize("name", OTHERS)
+    def test_other_agents(self, name, tmp_path):
+        save_run(tmp_path, base=("env=mock", *OTHERS[name]))
+        report = run_eval(tmp_path)
+        assert report["agent"] == name and set(report["results"]) == {"sampled", "deterministic"}
+        assert len(set(report["results"]["sampled"]["returns"])) == 4
 
     def test_seed(self, saved, tmp_path):
         """Another seed is another set of episodes; the same one is the same, alone or beside the other kind."""

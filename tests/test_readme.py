@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from tests.helpers import SMALL_V1, SMALL_WM
 from tests.programs import ROOT, run_program
 
 README = (ROOT / "README.md").read_text()
@@ -23,12 +23,20 @@ COMMANDS = [
 ]
 
 
-def shorten(frame_skip: int) -> list[str]:
+SMALL = {
+    "dreamer_v1": SMALL_V1,
+    "world_models": SMALL_WM,
+    "ppo": ("agent.units=8", "agent.minibatch_size=16", "collector.init_random_frames=0"),
+}
+
+
+def shorten(command: str) -> list[str]:
     """Overrides for a run of 64 steps with a small network; long steps make the episodes of dm_control short."""
+    frame_skip = 25 if "env.name=cheetah" in command or "env.name=walker" in command or "quickstart" in command else 1
+    small = next((overrides for agent, overrides in SMALL.items() if agent in command), ("agent/size=debug",))
     return [
         "device=cpu",
         "collector=sync",
-        "agent/size=debug",
         f"env.frame_skip={frame_skip}",
         f"collector.total_frames={64 * frame_skip}",
         f"collector.init_random_frames={32 * frame_skip}",
@@ -39,6 +47,7 @@ def shorten(frame_skip: int) -> list[str]:
         "eval.episodes=1",
         "eval.random_episodes=0",
         "env.render.fast=true",
+        *small,
     ]
 
 
@@ -74,8 +83,8 @@ def test_training_commands_run(command, tmp_path, monkeypatch):
     if "model=tiny" in command:
         run_program("scripts/make_tiny_sam3.py", "--out", "tiny")
     _, script, *arguments = shlex.split(command)
-    short = shorten(frame_skip=1 if "env=gym" in command else 25)
-    assert "evaluation: return" in run_program(script, *arguments, *short, f"run_dir={tmp_path / 'run'}")
+    printed = run_program(script, *arguments, *shorten(command), f"run_dir={tmp_path / 'run'}")
+    assert "evaluation: return" in printed
 
 
 @pytest.mark.slow
@@ -86,13 +95,16 @@ def test_commands_on_a_run(tmp_path, monkeypatch):
     def run(command: str, *extra: str) -> str:
         return run_program(*shlex.split(command)[1:], *extra)
 
-    run("python dreamer/train.py env.name=cheetah run_dir=runs/my_run env.image_size=16", *shorten(frame_skip=25))
-    shutil.copytree("runs/my_run", "runs/other_run")
+    train = "python dreamer/train.py env.name=cheetah run_dir=runs/my_run env.image_size=16"
+    run(train, *shorten(train))
+    run(train.replace("my_run", "other_run"), *shorten(train), "seed=1")
     on_a_run = [command for command in COMMANDS if "my_run" in command]
-    short = {"train": ["collector.total_frames=2400"], "eval": ["episodes=1", "num_envs=1"], "report": []}
+    episodes = ["episodes=1", "num_envs=1"]
+    short = {"train": ["collector.total_frames=2400"], "eval": episodes, "report": [], "compare": episodes}
     said = {Path(c.split()[1]).stem: run(c, *short[Path(c.split()[1]).stem]) for c in on_a_run}
     assert "collector.total_frames: 1600 -> 2400" in said["train"] and "goes on from" in said["train"]
     assert Path("runs/my_run/eval.json").exists() and Path("both.html").exists()
+    assert "IQM" in said["compare"]
     assert set(said) == set(short)
 
 
