@@ -172,7 +172,7 @@ class ControllerStage(Stage):
 
     def draw(self) -> TensorDictBase:
         """The candidates of the next generation: ``population`` [P, n]."""
-        self._evaluate()
+        self.follow()  # what an interruption put off
         return TensorDict({"population": self.search.ask()})
 
     def step(self, batch: TensorDictBase) -> dict[str, float]:
@@ -195,7 +195,6 @@ class ControllerStage(Stage):
         self.policy.solution.copy_(self.search.mean)
         self.trainer.further_frames += frames
         self.owed = settings.eval_interval > 0 and self.search.generation % settings.eval_interval == 0
-        self._evaluate()
         return {
             "controller/best": fitness.max().item(),
             "controller/mean": fitness.mean().item(),
@@ -205,6 +204,11 @@ class ControllerStage(Stage):
             "controller/generation": self.search.generation,
             "controller/frames": frames,
         }
+
+    def follow(self) -> None:
+        """Evaluate, if that is due."""
+        if self.owed:
+            self.owed = self.trainer.evaluate() is None
 
     def media(self) -> Media | None:
         return self.make_media and self.make_media()
@@ -218,10 +222,6 @@ class ControllerStage(Stage):
         if state_dict["search"] is not None:
             self.search = self._make_search()
             self.search.load_state_dict(state_dict["search"])
-
-    def _evaluate(self) -> None:
-        if self.owed:
-            self.owed = self.trainer.evaluate() is None
 
     def _make_search(self) -> CMAES:
         start, settings = self.policy.solution, self.settings

@@ -190,6 +190,7 @@ class Evaluate:
         self.episodes, self.random_episodes, self.deterministic = episodes, random_episodes, deterministic
         self.due = Every(interval)
         self.best: tuple[int, float] | None = None  # frames, mean return
+        self.latest: tuple[int, dict[str, float]] | None = None  # updates, what they came to
         self.env: EnvBase | None = None
 
     def __call__(self, batch: TensorDictBase | None = None) -> dict[str, float] | None:
@@ -208,11 +209,13 @@ class Evaluate:
         mean = float(np.mean(episodes.returns))
         if math.isfinite(mean) and (self.best is None or mean > self.best[1]):
             self.best = (self.trainer.collected_frames, mean)
-        return {
+        metrics = {
             "eval/return_mean": mean,
             "eval/return_std": float(np.std(episodes.returns)),
             "eval/length_mean": float(np.mean(episodes.lengths)) * self.trainer.frame_skip,
         }
+        self.latest = self.trainer.update_count, metrics
+        return dict(metrics)
 
     def now(self) -> dict[str, float] | None:
         """Evaluate now and write a line of metrics; None if the run is to stop meanwhile."""
@@ -224,8 +227,9 @@ class Evaluate:
         return metrics
 
     def finish(self) -> None:
-        """Evaluate a last time, and random actions for comparison."""
-        metrics = self.run()
+        """Evaluate a last time, unless nothing was learned since, and random actions for comparison."""
+        known = self.latest is not None and self.latest[0] == self.trainer.update_count
+        metrics = dict(self.latest[1]) if known else self.run()
         line = f"evaluation: return {metrics['eval/return_mean']:.1f} over {self.episodes} episodes"
         if self.random_episodes:
             returns = self._run_episodes(RandomPolicy(self.env.full_action_spec), self.random_episodes).returns

@@ -39,6 +39,14 @@ def find_nonfinite(tensors: TensorDictBase) -> list[str]:
     return found
 
 
+def describe_update(
+    what: str, losses: TensorDictBase, norms: Mapping[str, Tensor], batch: TensorDictBase
+) -> NonFiniteError:
+    """The error that says which losses and gradient norms of an update are not finite, and what in its batch."""
+    wrong = find_nonfinite(losses) + [name for name, norm in norms.items() if not norm.isfinite()]
+    return NonFiniteError(f"{what} is not finite: {wrong}; in its batch: {find_nonfinite(batch) or 'nothing'}")
+
+
 def dump_batch(batch: TensorDictBase, folder: Path, update: int) -> Path | None:
     """Write the batch of a bad update for later inspection, the first few times.
 

@@ -17,8 +17,8 @@ from torchrl.trainers.trainers import OptimizationStepper
 
 from dreamer.agents.parts import ActionCodec
 from dreamer.models.ppo_networks import LIMIT, Moments
-from dreamer.nonfinite import NonFiniteError, all_finite, find_nonfinite
-from dreamer.steppers import AUTOCAST, gradient_norm, is_loss
+from dreamer.nonfinite import all_finite, describe_update
+from dreamer.steppers import AUTOCAST, gradient_norm, minimised
 
 REWARDS, ANNEALED = ("raw", "scaled", "sign"), ("lr", "clip")
 
@@ -293,13 +293,10 @@ class ClippedStepper(OptimizationStepper):
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             losses = self.compute_losses(sub_batch)
-        sum(value for key, value in losses.items() if is_loss(key)).backward()
+        sum(minimised(losses).values()).backward()
         losses, norm = losses.detach(), gradient_norm(self.parameters)
-        if not all_finite({name: value for name, value in losses.items() if is_loss(name)} | {"norm": norm}):
-            wrong, there = find_nonfinite(losses), find_nonfinite(sub_batch)
-            raise NonFiniteError(
-                f"an update is not finite: {wrong or ['the gradient']}; in its batch: {there or 'nothing'}"
-            )
+        if not all_finite(minimised(losses) | {"norm": norm}):
+            raise describe_update("an update", losses, {"ac/grad_norm": norm}, sub_batch)
         nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
         lr = self.lr * share if "lr" in self.anneal else self.lr
         for group in self.optimizer.param_groups:

@@ -19,7 +19,7 @@ COLLECT = "collect"
 class Stage(Protocol):
     """What is done for a while, update by update, before something else is.
 
-    Subclasses inherit what does nothing: :meth:`begin`, :meth:`end` and :meth:`media`.
+    Subclasses inherit what does nothing: :meth:`begin`, :meth:`follow`, :meth:`end` and :meth:`media`.
     """
 
     name: str
@@ -44,6 +44,9 @@ class Stage(Protocol):
             Interrupted: if the run is to stop and the update would take long; nothing has changed then.
         """
         ...
+
+    def follow(self) -> None:
+        """Do what belongs behind an update, when it was counted and logged."""
 
     def end(self) -> None:
         """Finish; called once in every round, when the stage is done."""
@@ -103,7 +106,7 @@ class StageSchedule:
             trainer.total_frames = trainer.console.total_frames = trainer.meter.total_frames = 0
         trainer.register_op("pre_optim_steps", self.plan)
         trainer.register_op("process_optim_batch", self.draw)
-        trainer.register_op("post_optim_log", self.tell)
+        trainer.register_op("post_optim_log", self.follow)
         trainer.register_op("post_steps_log", self.save)
         trainer.register_module(type(self).__name__, self)
 
@@ -130,10 +133,11 @@ class StageSchedule:
         self.metrics = dict(self.stage.step(batch))
         return TensorDict({name: torch.as_tensor(value).detach() for name, value in self.metrics.items()})
 
-    def tell(self, batch: TensorDictBase) -> None:
-        """Give each update a line of its own in a stage of few and long ones."""
+    def follow(self, batch: TensorDictBase) -> None:
+        """Let the stage go on behind its update. Where updates are few and long, each has a line of its own."""
         if self.stage.one_line_each:
             self.trainer.flush_log()
+        self.stage.follow()
 
     def save(self, batch: TensorDictBase | None = None) -> None:
         """Save all state and show pictures, if it is time to; between frames the trainer does that."""

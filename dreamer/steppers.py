@@ -18,7 +18,7 @@ from dreamer.models.conv import ImageDecoder, ImageEncoder
 from dreamer.models.conv_v1 import ConvEncoder, DeconvDecoder
 from dreamer.models.heads import ContinuousActor, DiscreteActor, Head
 from dreamer.models.world_model import VectorDecoder, VectorEncoder
-from dreamer.nonfinite import NonFiniteError, all_finite, find_nonfinite
+from dreamer.nonfinite import all_finite, describe_update
 from dreamer.optimizers import TensorFlowAdam
 
 AUTOCAST = ("auto", "bfloat16", False)
@@ -106,10 +106,7 @@ class LossStepper(OptimizationStepper):
             scale = self.scaler.get_scale()
             self.scaler.update()  # a smaller one, if there is any
             if scale <= 1 or not all_finite(minimised(losses)):
-                raise NonFiniteError(
-                    f"an update is not finite: {find_nonfinite(losses) + [n for n in norms if not norms[n].isfinite()]}"
-                    f"; in its batch: {find_nonfinite(sub_batch) or 'nothing'}"
-                )
+                raise describe_update("an update", losses, norms, sub_batch)
             losses, norms = self._backward(sub_batch)
         self.limit_gradients(norms)
         self.optimizer.step()

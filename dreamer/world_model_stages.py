@@ -14,9 +14,9 @@ from dreamer.agents.world_model_pictures import mdn_rnn_media, vae_media
 from dreamer.episode_data import EpisodeData, digest_of
 from dreamer.models.standardizer import StandardizedVAE
 from dreamer.models.vae import VAE
-from dreamer.nonfinite import NonFiniteError, all_finite, find_nonfinite
+from dreamer.nonfinite import NonFiniteError, all_finite, describe_update, find_nonfinite
 from dreamer.stages import Stage
-from dreamer.steppers import AUTOCAST, gradient_norm, is_loss
+from dreamer.steppers import AUTOCAST, gradient_norm, minimised
 from objectives.world_models import MDNRNNLoss, VAELoss
 
 ENCODED_AT_ONCE = 256  # observations
@@ -91,14 +91,11 @@ class GradientStage(Stage):
         before = [buffer.clone() for buffer in self.loss.buffers()]  # statistics that the networks themselves move
         losses = self._compute_gradients(batch)
         norm = gradient_norm(self.parameters)
-        if not all_finite({name: value for name, value in losses.items() if is_loss(name)} | {"norm": norm}):
+        if not all_finite(minimised(losses) | {"norm": norm}):
             for buffer, value in zip(self.loss.buffers(), before, strict=True):
                 buffer.copy_(value)
-            wrong, there = find_nonfinite(losses), find_nonfinite(batch)
-            raise NonFiniteError(
-                f"an update of the stage {self.name} is not finite: {wrong or ['the gradient']}; "
-                f"in its batch: {there or 'nothing'}"
-            )
+            norms = {f"{self.name}/grad_norm": norm}
+            raise describe_update(f"an update of the stage {self.name}", losses, norms, batch)
         if self.max_grad_value is not None:
             nn.utils.clip_grad_value_(self.parameters, self.max_grad_value)
         self.optimizer.step()
@@ -122,7 +119,7 @@ class GradientStage(Stage):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             losses = self.loss(batch)
         self.loss.eval()
-        sum(value for key, value in losses.items() if is_loss(key)).backward()
+        sum(minimised(losses).values()).backward()
         return losses.detach()
 
 

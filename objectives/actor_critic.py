@@ -28,7 +28,59 @@ class Imagined(NamedTuple):
     diagnostics: Terms  # [] each
 
 
-class ImaginedActorCriticLoss(ModuleLoss):
+class ImaginationLoss(ModuleLoss):
+    """Actor and critic losses on trajectories that a world model imagines from given model states.
+
+    Args:
+        world_model: As in :class:`WorldModelLoss`; its parameters are not owned and get no gradient.
+        actor, critic: Of features [..., F].
+        weights: Weight of each term. Default: :attr:`WEIGHTS`.
+        imagination_horizon: Imagined steps H.
+        lmbda: Weight of the longer return.
+
+    Reads: belief [..., D] and state [..., S], the starts.
+    Writes: loss_actor, loss_value [], diagnostics under ``ac`` [].
+    """
+
+    WEIGHTS: Mapping[str, float] = {"actor": 1.0, "value": 1.0}
+
+    @dataclass
+    class _AcceptedKeys:
+        belief: NestedKey = "belief"
+        state: NestedKey = "state"
+
+    tensor_keys: _AcceptedKeys
+    world_model: Any
+
+    def __init__(
+        self,
+        world_model: nn.Module,
+        actor: nn.Module,
+        critic: nn.Module,
+        weights: Mapping[str, float] | None,
+        imagination_horizon: int,
+        lmbda: float,
+    ):
+        super().__init__()
+        object.__setattr__(self, "world_model", world_model)  # not registered: the world model's loss owns it
+        self.actor, self.critic = actor, critic
+        self.weights = dict(weights or self.WEIGHTS)
+        self.imagination_horizon, self.lmbda = imagination_horizon, lmbda
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        return [self.tensor_keys.belief, self.tensor_keys.state]
+
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        return [*loss_keys(self.weights), "ac"]
+
+    def starts(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """Belief and state to start from."""
+        return tensordict[self.tensor_keys.belief], tensordict[self.tensor_keys.state]
+
+
+class ImaginedActorCriticLoss(ImaginationLoss):
     """Actor and critic losses on trajectories imagined from given model states.
 
     Imagination is without gradients; the actor learns by REINFORCE, for continuous and discrete actions alike.
@@ -49,15 +101,6 @@ class ImaginedActorCriticLoss(ModuleLoss):
     Differs: the action in the last imagined state is not sampled, because nothing uses it.
     """
 
-    WEIGHTS: Mapping[str, float] = {"actor": 1.0, "value": 1.0}
-
-    @dataclass
-    class _AcceptedKeys:
-        belief: NestedKey = "belief"
-        state: NestedKey = "state"
-
-    tensor_keys: _AcceptedKeys
-    world_model: Any
     bins: Tensor
 
     def __init__(
@@ -74,27 +117,15 @@ class ImaginedActorCriticLoss(ModuleLoss):
         slow_critic_rate: float = 0.02,
         return_norm_rate: float = 0.01,
     ):
-        super().__init__()
-        object.__setattr__(self, "world_model", world_model)  # not registered: the world model's loss owns it
-        self.actor, self.critic = actor, critic
+        super().__init__(world_model, actor, critic, weights, imagination_horizon, lmbda)
         self.slow_critic = deepcopy(critic).requires_grad_(False)
         self.return_norm = PercentileValueNorm(rate=return_norm_rate)
-        self.weights = dict(weights or self.WEIGHTS)
-        self.imagination_horizon, self.lmbda, self.entropy_scale = imagination_horizon, lmbda, entropy_scale
+        self.entropy_scale = entropy_scale
         self.slow_regularizer, self.slow_critic_rate = slow_regularizer, slow_critic_rate
         self.register_buffer("bins", symexp_bins(), persistent=False)
 
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        return [self.tensor_keys.belief, self.tensor_keys.state]
-
-    @property
-    def out_keys(self) -> list[NestedKey]:
-        return [*loss_keys(self.weights), "ac"]
-
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        belief, state = (tensordict[key] for key in (self.tensor_keys.belief, self.tensor_keys.state))
-        terms, imagined = self.terms(belief, state)
+        terms, imagined = self.terms(*self.starts(tensordict))
         return TensorDict(weigh(terms, self.weights) | {"ac": imagined.diagnostics})
 
     def terms(self, belief: Tensor, state: Tensor) -> tuple[Terms, Imagined]:

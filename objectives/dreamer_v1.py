@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchrl.objectives.utils import hold_out_net
 
+from objectives.actor_critic import ImaginationLoss
 from objectives.functional import lambda_return
 from objectives.terms import ModuleLoss, Terms, loss_keys, weigh
 from objectives.world_model import WorldModelLoss
@@ -174,7 +174,7 @@ class DreamerV1ModelLoss(WorldModelLoss):
         return {}
 
 
-class DynamicsActorValueLoss(ModuleLoss):
+class DynamicsActorValueLoss(ImaginationLoss):
     """Actor loss through the learned dynamics and value loss, on trajectories imagined from given model states.
 
         actor = -mean(w_t * R_t)        value = mean(w_t * (v_t - sg(R_t))^2 / 2)
@@ -198,16 +198,6 @@ class DynamicsActorValueLoss(ModuleLoss):
     Differs: the constant of the Gaussian likelihood is left out.
     """
 
-    WEIGHTS: Mapping[str, float] = {"actor": 1.0, "value": 1.0}
-
-    @dataclass
-    class _AcceptedKeys:
-        belief: NestedKey = "belief"
-        state: NestedKey = "state"
-
-    tensor_keys: _AcceptedKeys
-    world_model: Any
-
     def __init__(
         self,
         world_model: nn.Module,
@@ -219,27 +209,15 @@ class DynamicsActorValueLoss(ModuleLoss):
         lmbda: float = 0.95,
         horizon: float = 100.0,
     ):
-        super().__init__()
+        super().__init__(world_model, actor, critic, weights, imagination_horizon, lmbda)
         if imagination_horizon < 2:
             raise ValueError(
                 f"imagination_horizon={imagination_horizon}: give at least 2, the last is for the bootstrap"
             )
-        object.__setattr__(self, "world_model", world_model)  # not registered: the world model's loss owns it
-        self.actor, self.critic = actor, critic
-        self.weights = dict(weights or self.WEIGHTS)
-        self.imagination_horizon, self.lmbda, self.horizon = imagination_horizon, lmbda, horizon
-
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        return [self.tensor_keys.belief, self.tensor_keys.state]
-
-    @property
-    def out_keys(self) -> list[NestedKey]:
-        return [*loss_keys(self.weights), "ac"]
+        self.horizon = horizon
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        belief, state = (tensordict[key] for key in (self.tensor_keys.belief, self.tensor_keys.state))
-        terms, diagnostics = self.terms(belief, state)
+        terms, diagnostics = self.terms(*self.starts(tensordict))
         return TensorDict(weigh(terms, self.weights) | {"ac": diagnostics})
 
     def terms(self, belief: Tensor, state: Tensor) -> tuple[Terms, Terms]:

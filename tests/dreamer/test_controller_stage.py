@@ -72,6 +72,7 @@ class Run:
     def advance(self, generations: int) -> dict[str, float]:
         for _ in range(generations):
             metrics = self.stage.step(self.stage.draw())
+            self.stage.follow()
         return metrics
 
 

@@ -323,6 +323,20 @@ class TestEvaluate:
             assert (evaluate.best and evaluate.best[1]) == best
         trainer.collector.shutdown()
 
+    def test_the_last_one_is_not_made_twice(self, tmp_path, monkeypatch):
+        """Unless there were updates since."""
+        trainer, evaluate = self.make(tmp_path)
+        evaluate.run()
+        monkeypatch.setattr(evaluate, "run", lambda: pytest.fail("it has run before"))
+        lines = []
+        monkeypatch.setattr(trainer, "log_now", lines.append)
+        evaluate.finish()
+        assert lines == [evaluate.latest[1]]
+        trainer._optim_count += 1
+        with pytest.raises(pytest.fail.Exception):
+            evaluate.finish()
+        trainer.collector.shutdown()
+
     def test_the_same_policy_gets_the_same_result(self, tmp_path):
         """Every evaluation starts from the same seed, so that two of them differ by the policy alone."""
         trainer, evaluate = self.make(tmp_path)

@@ -19,11 +19,12 @@ from torchrl.objectives.value import GAE
 import dreamer.train
 from dreamer.agents import Agent, EnvSpec, load
 from dreamer.models.ppo_networks import ConvFeatures, Moments, Observer
+from dreamer.nonfinite import NonFiniteError
 from dreamer.on_policy import ClippedStepper, Rewards, Rollouts, to_transitions
 from dreamer.policy import Policy
-from dreamer.settings import Start, choose_start
-from dreamer.steppers import NonFiniteError
+from dreamer.settings import Start
 from dreamer.trainer import Trainer
+from tests import helpers
 from tests.helpers import compose_config, differing, snapshot
 
 SMALL = (
@@ -57,10 +58,7 @@ def make_agent(env_spec: EnvSpec = DISCRETE, *overrides: str) -> Agent:
 
 
 def make_run(run_dir: Path, *overrides: str) -> Trainer:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    words = [*SMALL, *overrides]
-    start = choose_start(compose_config(*words), run_dir, words, lambda extra: compose_config(*extra))
-    return dreamer.train.build(start)
+    return helpers.make_run(run_dir, *overrides, base=SMALL)
 
 
 def make_records(rows: list[tuple]) -> TensorDict:
